@@ -163,14 +163,14 @@ def test_the_package_has_no_call_that_unpickles_evaluates_or_trusts() -> None:
     """`torch.load` and the like; arrays of objects; YAML that makes objects; code from texts or checkpoints."""
     forbidden = {
         *("torch.load", "pickle.load", "pickle.loads", "cloudpickle.load", "cloudpickle.loads", "joblib.load"),
-        *("pd.read_pickle", "marshal.loads", "yaml.unsafe_load", "yaml.full_load", "eval", "exec"),
-        *("os.system", "compile"),
+        *("pickle.Unpickler", "pd.read_pickle", "marshal.loads", "yaml.unsafe_load", "yaml.full_load"),
+        *("eval", "exec", "os.system", "compile"),
     }
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                tensors_alone = called == "torch.load" and file.name == "locate.py"
+                tensors_alone = called == "torch.load" and file.name == "convert.py"
                 assert called not in forbidden or tensors_alone, f"{file}:{node.lineno}"
                 assert called != "yaml.load", f"{file}:{node.lineno}"
                 if called == "yaml.compose":

@@ -96,7 +96,7 @@ class StatisticsOptions:
     skip_first_tokens: Annotated[Count, RARE] = 0
     """Leave this many tokens at the start of every row out of the statistics."""
     allow_pickle: Annotated[bool, RARE] = False
-    """Accept pickled weights (pytorch_model*.bin): load tensors only, and cache them as safetensors."""
+    """Accept pickled weights (pytorch_model*.bin, FSDP's .distcp): load tensors only, and cache them as safetensors."""
 
 
 @checked

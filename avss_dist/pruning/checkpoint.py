@@ -316,7 +316,7 @@ def model_card(
     if checkpoint.source == "hub":
         name = checkpoint.name
     else:
-        name = Path(checkpoint.path).absolute().name
+        name = Path(checkpoint.named_path).absolute().name
     if plan.experts:
         removed = count_removed(plan.drop)
     else:
@@ -345,7 +345,7 @@ def _card_fields(checkpoint: Checkpoint, plan: Plan) -> str:
     """Return the fields of a model card, as the hub reads them."""
     base = checkpoint.name
     if checkpoint.source != "hub":
-        base = str(Path(checkpoint.path).absolute())  # A card is read from other folders, too.
+        base = str(Path(checkpoint.named_path).absolute())  # A card is read from other folders, too.
     tags = ["pruned"]
     if plan.dropped_layers:
         tags.append(LAYERS_TAG)

@@ -13,8 +13,9 @@ from avss_dist.core.fingerprint import NUMBERS_VERSION, fingerprint
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import USUAL_ROWS, CorpusPlan, tokenize_corpus
 from avss_dist.corpus.sources import open_source
+from avss_dist.models.checkpoint.convert import convert_pickles
 from avss_dist.models.checkpoint.loading import load_tokenizer, pin, text_config
-from avss_dist.models.checkpoint.locate import Checkpoint, content_hash, convert_pickles, resolve
+from avss_dist.models.checkpoint.locate import Checkpoint, content_hash, resolve
 from avss_dist.models.checkpoint.size import Footprint, sharing_skeletons
 from avss_dist.models.checkpoint.training import training_point
 from avss_dist.models.structure.additions import transforms_outputs
@@ -148,7 +149,7 @@ class Planner:
         if self._last_opened is not None and self._last_key == key:
             return self._last_opened
         if spec.settings.allow_pickle and self.fetch:
-            convert_pickles(spec.model)
+            convert_pickles(spec.model, trust_remote_code=spec.settings.trust_remote_code)
         checkpoint = resolve(spec.model, trust_remote_code=spec.settings.trust_remote_code, weights=self.fetch)
         config = text_config(checkpoint)
         settings = pin(spec.settings, checkpoint, config, self.executor.devices.kind)

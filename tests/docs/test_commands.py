@@ -27,6 +27,7 @@ ONLY_PARSED = {
     "--address": "needs a cluster",
     "--ranks": "starts processes; tests/partition has it",
     "--along": "needs several checkpoints of a training; tests/analysis has it",
+    "--allow-pickle": "needs a checkpoint of a training; tests/models has it",
     "hf:": "needs the network",
     "hellaswag": "needs the network",
     "reviews.yaml": "needs lm_eval, which takes long to import; tests/tasks has it",

@@ -32,6 +32,7 @@ from support.tables import run_rows
 from avss_dist.core.errors import ConfigError, ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.core.sites import INPUT_SITES
+from avss_dist.models.checkpoint.convert import convert_pickles
 from avss_dist.models.checkpoint.loading import (
     forward_function,
     load,
@@ -42,7 +43,6 @@ from avss_dist.models.checkpoint.loading import (
 )
 from avss_dist.models.checkpoint.locate import (
     content_hash,
-    convert_pickles,
     matching_revisions,
     resolve,
     slug,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from avss_dist.core.errors import ConfigError
-from avss_dist.models.checkpoint.locate import CONVERTED, Checkpoint
+from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.training import TrainingPoint, compile_names, explain_no_step, training_point
 
 
@@ -58,10 +56,10 @@ def test_a_folder_without_a_step_is_a_series_of_its_own() -> None:
     assert training_point(checkpoint) == TrainingPoint("models/llama")
 
 
-def test_converted_weights_have_the_place_of_their_folder(tmp_path: Path) -> None:
+def test_converted_weights_have_the_place_of_their_folder() -> None:
     """Their path is one in the cache."""
-    (tmp_path / CONVERTED).touch()
-    checkpoint = Checkpoint(name="/data/run7/checkpoint-500", source="folder", path=str(tmp_path), revision="")
+    origin = "/data/run7/checkpoint-500"
+    checkpoint = Checkpoint(name=origin, source="folder", path="/cache/f00", revision="", origin=origin)
     assert training_point(checkpoint) == TrainingPoint("/data/run7/checkpoint-*", 500)
 
 

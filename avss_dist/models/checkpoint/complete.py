@@ -121,6 +121,30 @@ def _names_outside(model: nn.Module, backbone: nn.Module) -> set[str]:
     return {name for name, tensor in tensors if id(tensor) not in needed}
 
 
+def missing_weights(model: PreTrainedModel, backbone: nn.Module, names: Collection[str]) -> list[str]:
+    """Return the weights of a backbone, by their names in a model, that are not among names of stored tensors.
+
+    Of tied weights, one name is enough.
+    """
+    outside = _names_outside(model, backbone)
+    missing = []
+    for aliases in weight_names(model):
+        name = aliases[0]
+        if name in outside or _AFTER_LAYERS.search(name):
+            continue
+        if not any(alias in names for alias in aliases):
+            missing.append(name)
+    return missing
+
+
+def weight_names(model: nn.Module) -> list[list[str]]:
+    """Return the names of each tensor of a model's state: several of a tied weight, in the order of its modules."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return list(names.values())
+
+
 def require_scales(checkpoint: Checkpoint) -> None:
     """Refuse files that lack the scales of a quantized weight, which transformers would unpack as if they were 1.
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import re
-import shutil
-import zipfile
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -18,19 +16,28 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avss_dist.core.errors import ModelError, explain_unwritable, first_line, first_names, is_full, unwritable
+from avss_dist.core.errors import ModelError, first_names, is_full, unwritable
 from avss_dist.core.extras import require_package
-from avss_dist.core.files import cache_folder, staged_folder, write_file
+from avss_dist.core.files import cache_folder, write_file
 from avss_dist.core.streams import say
 from avss_dist.core.values import JsonObject
-from avss_dist.models.checkpoint.weight_files import INDEX, WEIGHTS, weight_files
+from avss_dist.models.checkpoint.distributed import (
+    METADATA,
+    checkpoint_folder,
+    distributed_files,
+    distributed_folder,
+    files_beside,
+    is_written,
+    require_distributed,
+)
+from avss_dist.models.checkpoint.weight_files import WEIGHTS, weight_files
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
     from avss_dist.models.checkpoint.safetensors import TensorInfo
 
-_FETCHED = ("*.json", "*.model", "*.txt", "*.jinja", "avss_*.yaml")
+CONFIGURATION = ("*.json", "*.model", "*.txt", "*.jinja", "avss_*.yaml")
 """Patterns of the files of a hub checkpoint that are fetched beside its weights."""
 _READ = {".json", ".safetensors", ".model", ".txt"}
 """Suffixes of the files that can change a number."""
@@ -45,12 +52,14 @@ SLUG_HASH = 16
 """Hexadecimal digits of the hash behind them."""
 CACHED_FROM = 1 << 20
 """Bytes of the largest file whose hash is not cached."""
-_PICKLED_WEIGHTS = "pytorch_model*.bin"
+PICKLED_WEIGHTS = "pytorch_model*.bin"
 """Names that transformers gives to pickled weights. Others hold optimizers and arguments."""
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_INDEX = "pytorch_model.bin.index.json"
 CONVERTED = "converted_from_pickles"
-"""File in a folder that `convert_pickles` wrote."""
+"""File in a folder of converted weights, with the names of what they were converted from."""
+ZERO_PIECES = "*zero_pp_rank*"
+"""Names that DeepSpeed gives to the files of ranks, in the folder ``global_step*`` of a step."""
+ZERO_SCRIPT = "zero_to_fp32.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +73,7 @@ class Checkpoint:
         revision: the hub's commit, or the SHA-256 of the files that are read.
         revision_name: the branch or tag of a hub id, as the user wrote it.
         trust_remote_code: whether Python code that the checkpoint ships may run.
+        origin: the folder that the user named, if ``path`` is one in the cache with its converted weights.
     """
 
     name: str
@@ -72,13 +82,19 @@ class Checkpoint:
     revision: str
     revision_name: str = ""
     trust_remote_code: bool = False
+    origin: str = ""
 
     @property
     def slug(self) -> str:
         """Readable name for run ids: letters, digits, dots, underscores and hyphens."""
         if self.source == "hub":
             return slug(self.name)
-        return slug(Path(self.path).resolve().name.removesuffix(".gguf"))
+        return slug(Path(self.named_path).resolve().name.removesuffix(".gguf"))
+
+    @property
+    def named_path(self) -> str:
+        """Path of the folder or file that the user named."""
+        return self.origin or self.path
 
     @property
     def folder(self) -> Path:
@@ -143,7 +159,7 @@ def _resolve_on_hub(spec: str, *, trust_remote_code: bool, weights: bool) -> Che
     Raises:
         ModelError: the checkpoint does not exist or cannot be opened.
     """
-    patterns = list(_FETCHED)
+    patterns = list(CONFIGURATION)
     if weights:
         patterns.append(WEIGHTS)
     fetched = fetch_files(spec, patterns, trust_remote_code=trust_remote_code)
@@ -212,12 +228,7 @@ def locate(spec: str, *, trust_remote_code: bool = False, weights: bool = True) 
             name=spec, source="gguf", path=str(path.resolve()), revision="", trust_remote_code=trust_remote_code
         )
     if path.is_dir():
-        if not weight_files(path):
-            path = converted_folder(path) or path
-        _check_folder(path, spec, weights=weights)
-        return Checkpoint(
-            name=spec, source="folder", path=str(path.resolve()), revision="", trust_remote_code=trust_remote_code
-        )
+        return _locate_folder(path, spec, trust_remote_code=trust_remote_code, weights=weights)
     if path.exists():
         raise ModelError(
             f"'{spec}' is a file.", "Name the checkpoint's folder, a .gguf file, or a hub id like org/name."
@@ -227,68 +238,46 @@ def locate(spec: str, *, trust_remote_code: bool = False, weights: bool = True) 
     return None
 
 
-def convert_pickles(spec: str) -> None:
-    """Convert pickled weights to safetensors in the cache, where `resolve` finds them, unless that was done before.
+def _locate_folder(folder: Path, spec: str, *, trust_remote_code: bool, weights: bool) -> Checkpoint:
+    """Return the checkpoint in a folder, or that of its converted weights in the cache, with an empty revision.
 
-    The checkpoint's other files are copied along. A checkpoint that has safetensors is skipped.
-
-    Args:
-        spec: see `resolve`.
+    Args: see `locate`.
 
     Raises:
-        ModelError: the checkpoint does not exist, or its files hold more than tensors, or are damaged.
-        StorageFull: there is no space left.
+        ModelError: the checkpoint cannot be opened.
     """
-    folder = Path(spec).expanduser()
-    if not folder.exists():
-        folder = fetch_files(spec, [*_FETCHED, WEIGHTS]).folder
-        if not weight_files(folder):
-            folder = fetch_files(spec, [*_FETCHED, _PICKLED_WEIGHTS]).folder
-    if not folder.is_dir() or weight_files(folder):
-        return
-    files = _pickled_weights(folder)
-    if not files:
-        return
-    place = _place(folder, files)
-    if place.is_dir():
-        return
-    with (
-        explain_unwritable(place, "Free some space, or name another cache with XDG_CACHE_HOME."),
-        staged_folder(place) as staged,
-    ):
-        for file in files:
-            _convert_file(file, staged / _renamed(file.name))
-        for file in folder.iterdir():
-            if _is_copied(file):
-                shutil.copyfile(file, staged / file.name)
-        if (folder / _INDEX).is_file():
-            index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-            index["weight_map"] = {name: _renamed(file) for name, file in index["weight_map"].items()}
-            (staged / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        names = [f"{file.name}\n" for file in files]
-        (staged / CONVERTED).write_text("".join(names), encoding="utf-8")
+    checkpoint = Checkpoint(
+        name=spec, source="folder", path=str(folder.resolve()), revision="", trust_remote_code=trust_remote_code
+    )
+    if not weight_files(folder):
+        origin = str(checkpoint_folder(folder.resolve()))
+        converted = converted_folder(folder)
+        if converted is not None:
+            _check_folder(converted, spec)
+            return replace(checkpoint, path=str(converted.resolve()), origin=origin)
+        pieces = distributed_folder(folder)
+        if pieces is not None:
+            config = _require_pieces(pieces, spec, weights=weights)
+            return replace(checkpoint, path=str(config.parent.resolve()), origin=origin)
+    _check_folder(folder, spec, weights=weights)
+    return checkpoint
 
 
-def _is_copied(file: Path) -> bool:
-    """Whether a file is copied beside converted weights, because it holds something else."""
-    if not file.is_file() or file.name.startswith("."):
-        return False
-    return not any(file.match(pattern) for pattern in (*PICKLED, _INDEX, VERIFIED))
+def _require_pieces(folder: Path, spec: str, *, weights: bool) -> Path:
+    """Return the ``config.json`` of a distributed checkpoint that was not converted.
 
-
-def _convert_file(file: Path, target: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    try:
-        tensors: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        contiguous = {str(name): tensor.clone().contiguous() for name, tensor in tensors.items()}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+    Raises:
+        ModelError: its weights are needed, or it is not whole.
+    """
+    config = require_distributed(folder, spec)
+    read_config(config.parent, spec)
+    if weights:
         raise ModelError(
-            f"{file} holds more than tensors, or is damaged; torch does not open it: {first_line(error)}",
-            "Load it where you trust it, and save it with save_pretrained().",
-        ) from error
-    save_file(contiguous, target, {"format": "pt"})
+            f"'{spec}' is a distributed checkpoint: pieces of tensors, and their list {folder / METADATA}, which is a "
+            "pickle and can run code when it is opened.",
+            "avss score --allow-pickle opens it as tensors alone, and keeps them as safetensors.",
+        )
+    return config
 
 
 def fetch_files(spec: str, patterns: list[str], *, trust_remote_code: bool = False) -> Checkpoint:
@@ -338,8 +327,10 @@ def _check_folder(folder: Path, spec: str, *, weights: bool = True) -> None:
             f"'{spec}' is an adapter, or has one beside its weights.",
             "Merge it into its base model (peft's merge_and_unload), save that, and name that folder.",
         )
-    read_config(folder, spec)
     files = weight_files(folder)
+    if not files and not pickled_weights(folder):
+        _refuse_zero(folder, spec)
+    read_config(folder, spec)
     for file in files:
         if not file.is_file():
             raise ModelError(f"'{spec}' lacks the file {file.relative_to(folder)}.", "Is the download complete?")
@@ -354,6 +345,28 @@ def _check_folder(folder: Path, spec: str, *, weights: bool = True) -> None:
                 "avss score --allow-pickle opens them as tensors alone, and keeps them as safetensors.",
             )
         raise ModelError(f"'{spec}' has no weights (*.safetensors).", "Is the download complete?")
+
+
+def _refuse_zero(folder: Path, spec: str) -> None:
+    """Refuse what the ranks of a training with DeepSpeed's ZeRO wrote, which only its own script puts together.
+
+    Raises:
+        ModelError: the folder holds such files, or is the one of a step of them.
+    """
+    place = folder
+    if any(folder.glob(ZERO_PIECES)):
+        place = folder.resolve().parent
+    elif not any(folder.glob(f"global_step*/{ZERO_PIECES}")):
+        return
+    script = place / ZERO_SCRIPT
+    command = shlex.join(["python", str(script), str(place), str(place), "--safe_serialization"])
+    if script.is_file():
+        hint = f"DeepSpeed put a script beside them that writes safetensors: {command}"
+    else:
+        hint = f"DeepSpeed has a script that writes safetensors, {ZERO_SCRIPT}. Copy it to {place}, and type: {command}"
+    raise ModelError(
+        f"'{spec}' holds pieces of weights and of an optimizer that ranks of DeepSpeed's ZeRO wrote.", hint
+    )
 
 
 def read_config(folder: Path, spec: str) -> JsonObject:
@@ -444,27 +457,39 @@ def converted_folder(folder: Path) -> Path | None:
     Raises:
         ModelError: a file cannot be read.
     """
-    files = _pickled_weights(folder)
-    if not files:
-        return None
-    place = _place(folder, files)
-    if not place.is_dir():
+    place = conversion_place(folder)
+    if place is None or not place.is_dir():
         return None
     return place
 
 
-def _pickled_weights(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob(_PICKLED_WEIGHTS) if file.is_file())
+def pickled_weights(folder: Path) -> list[Path]:
+    """Return the pickled weights of a folder under the names that transformers gives to them."""
+    return sorted(file for file in folder.glob(PICKLED_WEIGHTS) if file.is_file())
 
 
-def _place(folder: Path, files: list[Path]) -> Path:
+def conversion_place(folder: Path) -> Path | None:
+    """Return the cache folder for a folder's converted weights, by content, or None if it has none to convert.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    files = pickled_weights(folder)
+    if files:
+        return cache_folder("converted", content_hash(folder, [*files, *_files_beside(folder)]))
+    pieces = distributed_folder(folder)
+    if pieces is None or not is_written(pieces):
+        return None
+    digest = hashlib.sha256(content_hash(pieces, distributed_files(pieces)).encode())
+    for file in files_beside(pieces).values():
+        digest.update(content_hash(file.parent, [file]).encode())
+    return cache_folder("converted", digest.hexdigest())
+
+
+def _files_beside(folder: Path) -> list[Path]:
+    """Return the files beside pickled weights that belong to the checkpoint."""
     suffixes = (".json", ".model", ".txt", ".py")
-    beside = [file for file in folder.iterdir() if file.suffix in suffixes and file.name != VERIFIED and file.is_file()]
-    return cache_folder("converted", content_hash(folder, [*files, *beside]))
-
-
-def _renamed(name: str) -> str:
-    return name.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"
+    return [file for file in folder.iterdir() if file.suffix in suffixes and file.name != VERIFIED and file.is_file()]
 
 
 def content_hash(folder: Path, files: Iterable[Path]) -> str:

@@ -7,7 +7,7 @@ import math
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedWriter, FileIO
@@ -65,20 +65,25 @@ class StoredTensor(TensorInfo):
     start: int
 
 
-def tensors_of(file: Path) -> list[StoredTensor]:
+def tensors_of(file: Path, start: int = 0) -> list[StoredTensor]:
     """Return the tensors of a file in the order of its header: eight bytes of length, then JSON.
+
+    Args:
+        start: offset of the header in a file that has more before it.
 
     Raises:
         ModelError: the file has no valid header.
     """
     try:
         with file.open("rb") as stream:
+            stream.seek(start)
             (length,) = struct.unpack("<Q", stream.read(_LENGTH_BYTES))
             if length > _MAX_HEADER_BYTES:
                 raise ValueError(f"its header would be {length} bytes long")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
-        return [_tensor(name, file, _LENGTH_BYTES + length, entry) for name, entry in header.items()]
+        data = start + _LENGTH_BYTES + length
+        return [_tensor(name, file, data, entry) for name, entry in header.items()]
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}.", "Is the download complete?") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
@@ -191,19 +196,71 @@ def copy_tensors(
         else:
             written += pieces
         end += size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    padding = -len(text) % _ALIGNMENT
-    text += b" " * padding
     with source.open("rb", buffering=0) as file, target.open("xb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
+        out.write(_encode_header(header))
         for data in written:
             if isinstance(data, torch.Tensor):
-                out.write(data.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                out.write(_tensor_bytes(data))
             else:
                 _copy_piece(file, data, out)
         out.flush()
         os.fsync(out.fileno())
     return end
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """Tensor that a new file gets: its name, dtype and shape."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensors(target: Path, tensors: Sequence[NewTensor], read: Callable[[str], torch.Tensor]) -> None:
+    """Write a new safetensors file, of which one tensor is in memory at a time.
+
+    Args:
+        read: function that returns the tensor of a name, on the CPU.
+
+    Raises:
+        OSError: the target cannot be written.
+    """
+    dtype_names = {dtype: name for name, dtype in DTYPES.items()}
+    # As the library does, wide elements come first, so that all are aligned.
+    ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in ordered:
+        offsets = [end, end + tensor.size]
+        header[tensor.name] = {"dtype": dtype_names[tensor.dtype], "shape": tensor.shape, "data_offsets": offsets}
+        end += tensor.size
+    with target.open("xb") as out:
+        out.write(_encode_header(header))
+        for tensor in ordered:
+            value = read(tensor.name)
+            assert value.dtype == tensor.dtype
+            assert value.shape == tensor.shape
+            out.write(_tensor_bytes(value))
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _encode_header(header: Mapping[str, object]) -> bytes:
+    """Return the start of a file: the length of the header, and the header, padded."""
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor on the CPU."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from avss_dist.core.errors import ConfigError, nearest
-from avss_dist.models.checkpoint.locate import CONVERTED, Checkpoint
+from avss_dist.models.checkpoint.locate import Checkpoint
 
 Span = tuple[int, int]
 """Start and end of a part of a text."""
@@ -179,9 +179,7 @@ def _names(checkpoint: Checkpoint) -> list[str]:
             return [f"{checkpoint.name}@{checkpoint.revision_name}"]
         return [checkpoint.name]
     named = os.path.abspath(os.path.expanduser(checkpoint.name))
-    if os.path.isfile(os.path.join(checkpoint.path, CONVERTED)):  # its path is in the cache
-        return [named]
-    return list(dict.fromkeys([checkpoint.path, named]))
+    return list(dict.fromkeys([checkpoint.named_path, named]))
 
 
 def _name_with(checkpoint: Checkpoint, patterns: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from avss_dist.core.errors import ModelError
 
 WEIGHTS = "*.safetensors"
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
@@ -17,7 +18,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ModelError: the index cannot be read, or names a file outside of the folder.
     """
-    single = folder / "model.safetensors"
+    single = folder / SINGLE
     index = folder / INDEX
     if single.is_file():
         return [single]

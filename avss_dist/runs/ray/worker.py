@@ -23,7 +23,8 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.streams import progress_to
 from avss_dist.corpus.shards import Shard
 from avss_dist.measure.shard import analyze_shard, follow
-from avss_dist.models.checkpoint.locate import Checkpoint, convert_pickles, resolve
+from avss_dist.models.checkpoint.convert import convert_pickles
+from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.partition.replica import Replica
 from avss_dist.runs.ray.heartbeats import Doing
 from avss_dist.runs.work import RankTask, Receipt, ReplicaSpec
