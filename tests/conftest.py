@@ -33,6 +33,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # processes in the bac
 os.environ.pop("COLUMNS", None)  # the width of some terminal
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: in tiny models, threads wait for each other
+os.fsync = lambda _: None  # no test cuts the power, and tests write thousands of files
 os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112  (processes that no test uses)
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (at Ray's 15, workers wait while other tests compute)
 

@@ -47,6 +47,7 @@ def declared(*extras: str) -> dict[str, str]:
     return {canonical(part[1]): part[2] for part in parts if part}
 
 
+@cache
 def imported() -> set[str]:
     """Return the top-level modules of other packages that are imported anywhere, also inside of functions."""
     modules = set()

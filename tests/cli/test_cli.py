@@ -508,6 +508,7 @@ def test_the_options_of_score_reach_the_run(tiny_llama: Path, tmp_path: Path) ->
 # What is loaded, and what is said.
 
 
+@pytest.mark.nightly
 def test_reading_loads_nothing_heavy_and_scoring_here_no_ray(scored: Path, tiny_llama: Path, tmp_path: Path) -> None:
     """It takes a new process that imports torch and transformers."""
     command = [sys.executable, "-c", PROBE, tiny_llama, scored, tmp_path, *SCORE]
@@ -517,6 +518,13 @@ def test_reading_loads_nothing_heavy_and_scoring_here_no_ray(scored: Path, tiny_
     read, _, said = done.stdout.partition("SCORED\n")
     assert "tiny-llama" in read
     assert re.fullmatch(r"tiny-llama-[0-9a-f]{10}: 384 tokens in [\d.]+ s\.\n", said)
+
+
+def test_scoring_here_imports_no_ray(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ray", "avss_dist.runs.ray.executor"):
+        monkeypatch.setitem(sys.modules, name, None)
+    result = avss("score", tiny_llama, *SCORE, "-w", tmp_path)
+    assert result.exit_code == 0, result.stderr
 
 
 def test_stopping_says_that_the_work_is_kept(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

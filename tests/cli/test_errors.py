@@ -20,6 +20,7 @@ from support.checkpoints import llama
 from support.command_line import files
 from support.disks import SmallDisk
 from support.tables import assert_same_tables
+from support.tiers import all_of
 from support.warehouses import activations, stats_of, write_measured
 
 from avss_dist import Run, score
@@ -317,6 +318,7 @@ COMMANDS = [
     ["show", "-w", "w", "--format", "csv", "-o", "disk/table.csv"],
     ["show", "-w", "w", "-o", "disk/picture.svg"],
 ]
+QUICK_COMMANDS = [command for command in COMMANDS if command[0] in ("score", "ablate", "prune", "plan")]
 
 
 def with_model(command: list[str], model: Path) -> list[str]:
@@ -331,7 +333,7 @@ def with_model(command: list[str], model: Path) -> list[str]:
 
 
 @AS_ROOT
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+@pytest.mark.parametrize("command", all_of(COMMANDS, QUICK_COMMANDS), ids=lambda command: command[0])
 def test_a_full_disk_is_a_failed_run(
     command: list[str], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ import pytest
 from support.checkpoints import llama, save_tokenizer
 from support.command_line import avss, json_rows, succeed
 from support.rows import columns
+from support.tiers import nightly
 from support.warehouses import run_row, write_scores
 
 from avss_dist import ablate, plan, score, sparsify
@@ -85,9 +86,11 @@ def test_after_scores_of_two_models(desk: Path) -> None:
     ("choice", "measure"),
     [
         (["plan", "--by", "loss", "--count", 2], "ablate"),
-        (["plan", "--by", "damage", "--count", 1], "ablate"),
-        (["quantize", "--bits", 6], "ablate"),  # in formats that maps of 48 inputs can take
         (["sparsify", 0.4], "score"),
+        *nightly(
+            (["plan", "--by", "damage", "--count", 1], "ablate"),
+            (["quantize", "--bits", 6], "ablate"),  # in formats that maps of 48 inputs can take
+        ),
     ],
     ids=lambda words: words[0] if isinstance(words, list) else "",
 )

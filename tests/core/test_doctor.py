@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+from support.machine_checks import dies, fails, hangs, lacks_a_package, leaves, works
 
 from avss_dist.core import devices
 from avss_dist.core.devices import available_memory
@@ -25,30 +24,6 @@ from avss_dist.core.doctor import (
 )
 from avss_dist.core.extras import install_hint
 from avss_dist.core.memory import memory_left
-
-
-def works() -> str:
-    print("not for people")
-    return f"yes, in {os.getpid()}"
-
-
-def fails() -> str:
-    raise OSError("no such thing\nand more")
-
-
-def leaves() -> str:
-    sys.exit("never mind")
-
-
-def dies() -> str:
-    os.kill(os.getpid(), signal.SIGSEGV)
-    return "survived"
-
-
-def hangs() -> str:
-    subprocess.Popen(["sleep", "1000"])
-    time.sleep(1000)
-    return "woke up"
 
 
 def test_checks_reach_neither_this_process_nor_each_other(capfd: pytest.CaptureFixture[str]) -> None:
@@ -162,10 +137,6 @@ def test_available_memory_is_the_smaller_of_both(monkeypatch: pytest.MonkeyPatch
     assert available_memory() == 7
     monkeypatch.setattr(devices, "memory_left", lambda: 1 << 60)
     assert 10**7 < available_memory() <= psutil.virtual_memory().total
-
-
-def lacks_a_package() -> str:
-    raise ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn")
 
 
 def test_a_check_that_lacks_a_package_says_what_installs_it() -> None:

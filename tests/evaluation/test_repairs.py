@@ -103,8 +103,14 @@ def total_losses(executor: Executor, cells: Sequence[Cell]) -> dict[Intervention
 @pytest.mark.parametrize(
     ("family", "partition"),
     [
-        *(("llama", "single"), ("llama", "streaming")),
-        *nightly(("llama", "device_map"), ("gemma3_text", "streaming"), ("gpt2", "single"), ("opt", "device_map")),
+        ("llama", "streaming"),
+        *nightly(
+            ("llama", "single"),
+            ("llama", "device_map"),
+            ("gemma3_text", "streaming"),
+            ("gpt2", "single"),
+            ("opt", "device_map"),
+        ),
     ],
 )
 def test_a_patch_in_place_is_the_repaired_checkpoint(
@@ -382,6 +388,7 @@ def test_the_three_texts_are_apart(
 # What it says
 
 
+@pytest.mark.nightly
 def test_the_table_and_the_verdict_tell_of_repairs(done: Done) -> None:
     job, _ = done
     told = succeed("run", job)

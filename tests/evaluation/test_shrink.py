@@ -52,7 +52,7 @@ from avss_dist.partition.placement import Placement
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.seen import read_seen
 from avss_dist.pruning.repair.registry import read_repairs
-from avss_dist.reports.terminal.shrink import continuation_tables
+from avss_dist.reports.terminal.shrink import continuation_tables, shrunk_tables
 from avss_dist.reports.terminal.tables import FittedTable
 from avss_dist.requests import RANKED_BY, ShrinkRequest
 from avss_dist.runs.local import LocalExecutor
@@ -324,7 +324,25 @@ def test_all_workers_that_there_is_room_for_share_the_fit(tmp_path: Path) -> Non
     assert copies_of(one_process, Settings(), local) == 1
 
 
-@pytest.mark.parametrize("repair", ["none", *nightly("map")])
+def test_with_one_layer_more_less_is_kept_than_was_asked_for(
+    done: Shrunk, warehouse: Path, deep: Path, tmp_path: Path
+) -> None:
+    """By bisection, whose steps are shown as a curve. As much is asked for as is kept without two layers."""
+    (task,) = done.best.tasks
+    keep = task.retentions["pruned"].value
+    shrunken = shrunk(deep, tmp_path / "out", keep=keep, repair="none", warehouse=warehouse)
+    kept_without = {len(attempt.plan.drop): attempt.kept for attempt in shrunken.curve}
+    most = len(shrunken.best.plan.drop)
+    assert kept_without[most] >= keep
+    assert kept_without[most + 1] < keep
+    printed = StringIO()
+    Console(file=printed, width=120).print(shrunk_tables(shrunken))
+    assert "layers dropped" in printed.getvalue()
+    assert "█" in printed.getvalue()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("repair", ["none", "map"])
 def test_as_many_layers_go_as_can(repair: str, warehouse: Path, deep: Path, tmp_path: Path) -> None:
     """By bisection: with one more, less is kept than was asked for. What was tried is not tried again."""
     tight = shrunk(deep, tmp_path / "tight", keep=0.9, repair=repair, warehouse=warehouse)
@@ -345,6 +363,9 @@ def test_as_many_layers_go_as_can(repair: str, warehouse: Path, deep: Path, tmp_
                 assert share < keep
         assert most == 7 or most + 1 in kept_without
     assert gone(tight.best) <= gone(loose.best)
+
+
+def test_where_no_layer_can_go_nothing_is_written(warehouse: Path, deep: Path, tmp_path: Path) -> None:
     unwritten = tmp_path / "none"
     with pytest.raises(PlanError, match=r"Without layer \d, the first to go, .* is kept, under 99.9%"):
         shrunk(deep, unwritten, keep=0.999, repair="none", warehouse=warehouse)
@@ -414,20 +435,30 @@ def test_greedy_goes_by_what_is_lost_after_the_repair(warehouse: Path, deep: Pat
         assert settings["skip_sequences"] == 20  # after those that are measured
     assert shrunken.record is not None
     assert shrunken.record.removed == shrunken.best.plan.drop
+
+
+@pytest.mark.nightly
+def test_a_search_that_is_repeated_measures_nothing(warehouse: Path, deep: Path, tmp_path: Path) -> None:
+    first = shrunk(deep, tmp_path / "first", by="greedy", repair="channel", warehouse=warehouse)
     times = cell_times(warehouse)
     again = shrunk(deep, tmp_path / "again", by="greedy", repair="channel", warehouse=warehouse)
-    assert content(again.folder) == content(shrunken.folder)
+    assert content(again.folder) == content(first.folder)
     assert cell_times(warehouse) == times
 
 
-def test_every_domain_is_evaluated(warehouse: Path, deep: Path, tmp_path: Path) -> None:
-    """Takes over 5 seconds: two whole shrinks by the command line."""
-    other = tmp_path / "other.txt"
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """Another text."""
+    file = tmp_path / "other.txt"
     lines = [f"On day {i} the {i * 7919 % 613} ships of {i * 31 % 97} sailed." for i in range(700)]
-    other.write_text("\n\n".join(lines))
+    file.write_text("\n\n".join(lines))
+    return file
+
+
+def test_every_domain_is_evaluated(other: Path, warehouse: Path, deep: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = ("shrink", deep, "--corpus", TEXT, "-w", warehouse, *OPTIONS)
-    told = succeed(*command, "-o", out, "--repair-corpora", TEXT, "--repair-corpora", other, "--repair", "channel")
+    texts = ("--repair-corpora", TEXT, "--repair-corpora", other)
+    told = succeed(*shrink_command(deep, out, "-w", warehouse, *texts, "--repair", "channel"))
     printed = in_one_line(told.stdout)
     for text in ("whole model", "2 layers dropped", "repaired by channel", "other.txt", "6 of 8 layers", "kept", "%"):
         assert text in printed
@@ -435,11 +466,17 @@ def test_every_domain_is_evaluated(warehouse: Path, deep: Path, tmp_path: Path) 
     first, second = record.texts
     assert first.corpus == TEXT
     assert second.corpus == str(other)
-    only = succeed(*command, "-o", tmp_path / "only", "--tasks", f"perplexity:{other}", "--repair", "none")
-    assert "other.txt" in only.stdout
-    assert "perplexity:builtin" not in only.stdout
 
 
+@pytest.mark.nightly
+def test_tasks_that_are_named_are_the_only_ones(other: Path, warehouse: Path, deep: Path, tmp_path: Path) -> None:
+    tasks = ("--tasks", f"perplexity:{other}", "--repair", "none")
+    told = succeed(*shrink_command(deep, tmp_path / "out", "-w", warehouse, *tasks))
+    assert "other.txt" in told.stdout
+    assert "perplexity:builtin" not in told.stdout
+
+
+@pytest.mark.nightly
 def test_the_command_prints_the_curve(warehouse: Path, deep: Path, tmp_path: Path) -> None:
     options = ("--keep", "0.4", "--repair", "none", "--first", 1, "--last", 1, "-w", warehouse)
     told = succeed(*shrink_command(deep, tmp_path / "out", *options))
@@ -484,7 +521,7 @@ def test_text_that_is_fitted_on_is_not_evaluated_on(
     options: dict[str, Any], told: str, deep: Path, tmp_path: Path
 ) -> None:
     """Under another name too, where rows are long enough to hold a window that begins elsewhere."""
-    sentences = [f"Line {i}: {i * 7919 % 6131} and {i * 104729 % 7001} make a pair of numbers." for i in range(900)]
+    sentences = [f"Line {i}: {i * 7919 % 6131} and {i * 104729 % 7001} make a pair of numbers." for i in range(300)]
     text = tmp_path / "text.txt"
     same = tmp_path / "same.txt"
     text.write_text("\n\n".join(sentences))
@@ -500,16 +537,20 @@ def test_too_little_text_is_refused_before_anything_is_scored(deep: Path, tmp_pa
     assert "needs at least 192 tokens to fit to, not 186" in told
     assert "Raise --max-sequences" in told
     assert not list(tmp_path.iterdir())
-    shrunken = shrunk(deep, output, max_sequences=10, by="last")
-    assert shrunken.record is not None
-    (text,) = shrunken.record.texts
-    assert text.tokens == 217
     short = tmp_path / "short.txt"
     lines = [f"Line {i}: {i * 7919 % 6131} and {i * 104729 % 7001}." for i in range(15)]
     short.write_text("\n\n".join(lines))
     with pytest.raises(CorpusError, match="give longer texts, or choose a `repair` of fewer unknowns"):
         avss_dist.shrink(deep, corpus=str(short), output=tmp_path / "none", **READ)
     assert not list(tmp_path.glob("none*"))
+
+
+@pytest.mark.nightly
+def test_just_enough_text_is_fitted_to(deep: Path, tmp_path: Path) -> None:
+    shrunken = shrunk(deep, tmp_path / "out", max_sequences=10, by="last")
+    assert shrunken.record is not None
+    (text,) = shrunken.record.texts
+    assert text.tokens == 217
 
 
 @pytest.mark.parametrize(

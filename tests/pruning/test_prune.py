@@ -51,7 +51,7 @@ FAMILIES = [
     *(("image-text", family) for family in ("gemma3", "qwen2_vl")),
 ]
 DEFAULT_FAMILIES = [
-    *(("causal", family) for family in ("llama", "gemma3_text", "gpt2", "opt", "deepseek_v3", "mamba")),
+    *(("causal", family) for family in ("llama", "deepseek_v3", "mamba")),
     *(("masked", "bert"), ("image-text", "gemma3")),
 ]
 

@@ -426,7 +426,7 @@ def measured(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return warehouse
 
 
-@pytest.mark.parametrize("method", ["loss", "teal", "acttail"])
+@pytest.mark.parametrize("method", ["loss", "acttail", *nightly("teal")])
 def test_every_method_meets_the_budget(measured: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "sparse.yaml"
     options = {**FEW, "warehouse": measured, "method": method}

@@ -81,14 +81,9 @@ def test_any_number_of_workers_gives_the_same_bytes(tiny_llama: Path, undisturbe
     assert row["threads"] == 1
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("shared_ray")
-@pytest.mark.parametrize(
-    "harm",
-    [
-        pytest.param(signal.SIGKILL, id="killed"),
-        pytest.param(signal.SIGSTOP, id="stopped", marks=pytest.mark.nightly),
-    ],
-)
+@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_lost_worker_is_replaced_and_nothing_counts_twice(
     harm: signal.Signals, tiny_llama: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -140,6 +135,7 @@ def test_cells_give_what_one_process_gives_whoever_is_lost(tiny_llama: Path, tmp
     assert on_ray == samples(LocalExecutor(settings))
 
 
+@pytest.mark.nightly
 def test_a_stopped_driver_is_resumed(shared_ray: Cluster, tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
     """The partials are kept, the same command finishes what is missing; `test_liveness` presses Ctrl-C."""
     place = ("-w", tmp_path, "--address", shared_ray.address, "--replicas", 2)

@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from support.simulated_cluster import PlannedQueues, SimulatedCluster, SimulatedGang
+from support.tiers import all_of
 from support.units import SHARDS, shard_queue
 
 from avss_dist.core.errors import AvssError
@@ -207,9 +208,9 @@ def measured(gang: SimulatedGang, assignment: Any, rank: int) -> Any:
     return shard and (shard.shard_id, MOMENTS[shard.shard_id])
 
 
-@pytest.mark.parametrize("first_seed", range(8))
+@pytest.mark.parametrize("first_seed", all_of(range(8), [0]))
 def test_the_laws_hold_in_random_schedules(first_seed: int) -> None:
-    """2,000 schedules in all."""
+    """2,000 schedules in all; by default 250."""
     machine = seed(first_seed)(type("Seeded", (Schedules,), {}))
     chosen = settings(
         max_examples=250,

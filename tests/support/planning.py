@@ -13,7 +13,7 @@ from avss_dist.models.checkpoint.size import Footprint
 from avss_dist.partition.execution import Execution
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning import checkpoint
-from avss_dist.pruning.repair.repair import Repair
+from avss_dist.pruning.repair.repair import Repair, Repaired
 from avss_dist.requests import PruneRequest
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.local import LocalExecutor
@@ -43,10 +43,14 @@ def prune(
     model: str | Path, plan: Plan, output: Path, *, repair: Repair | None = None, execution: Execution | None = None
 ) -> dict[str, Any]:
     """Write a pruned checkpoint, with a repair that is fitted in this process."""
-    name = str(model)
-    request = PruneRequest(name, plan=plan, output=output, **vars(execution or Execution()))
-    fitted = repair and fit_plan(request, plan, repair)
-    return checkpoint.prune(name, plan, output, repair=fitted, execution=execution)
+    fitted = repair and fit(model, plan, output, repair, execution)
+    return checkpoint.prune(str(model), plan, output, repair=fitted, execution=execution)
+
+
+def fit(model: str | Path, plan: Plan, output: Path, repair: Repair, execution: Execution | None = None) -> Repaired:
+    """Fit a repair in this process. Nothing is written to the output."""
+    request = PruneRequest(str(model), plan=plan, output=output, **vars(execution or Execution()))
+    return fit_plan(request, plan, repair)
 
 
 def llama_like(billions: float, layers: int = 32, hidden: int = 4096) -> Footprint:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.causal_lm import opened, random_shard
 from support.families import tiny_model
+from support.tiers import all_of
 from support.waiting import NoWaiting
 from torch.nn.functional import cross_entropy
 
@@ -301,7 +302,7 @@ def assert_no_trace(model: LanguageModel, required: dict[str, bool], weights: di
             assert "forward" not in vars(module)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", all_of(FAMILIES, ["llama", "qwen2_moe", "mamba"]))
 def test_any_family_and_no_trace(name: str, save_checkpoint: Callable[[Any, Path], Path], tmp_path: Path) -> None:
     model = opened(save_checkpoint(tiny_model("causal", name), tmp_path / name))
     shard = random_shard()

@@ -15,10 +15,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 import numpy as np
 import pytest
 import torch
 import yaml
+from lm_eval.tasks import TaskManager
 from support.causal_lm import open_whole
 from support.checkpoints import llama
 from support.command_line import avss
@@ -40,6 +42,7 @@ from avss_dist.tasks.harness import HarnessPart, harness_task
 from avss_dist.tasks.task import MetricRow
 from avss_dist.warehouse.reader import Warehouse
 
+TASKS = Path(lm_eval.tasks.__file__).parent
 DROP = (0,)  # of which transformers asks how long its cache is
 DATA: dict[str, Any] = {
     "dataset_path": "json",
@@ -349,11 +352,20 @@ def test_the_example_of_the_documentation_can_be_asked(whole: LanguageModel, tmp
         ("arc_easy", r"The data of task 'arc_easy' could not be loaded.*\n.*HF_HOME"),
     ],
 )
-def test_tasks_that_cannot_be_had(name: str, told: str) -> None:
-    """Takes over 5 seconds where lm-eval lists its thousands of tasks for the first time in a process."""
+def test_tasks_that_cannot_be_had(name: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two folders of lm-eval's tasks: to list all of its thousands takes many seconds."""
+    folders = [str(TASKS / folder) for folder in ("hellaswag", "arc")]
+    few_tasks = TaskManager(include_path=folders, include_defaults=False)
+    monkeypatch.setattr(harness, "_catalogue", lambda: few_tasks)
     with pytest.raises(TaskError, match=told) as caught:
         harness_task(name)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.nightly
+def test_all_tasks_of_the_harness_are_known() -> None:
+    with pytest.raises(TaskError, match="Did you mean 'winogrande'"):
+        harness_task("winogrand")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.command_line import avss, files, mistake, succeed
 from support.rows import where
+from support.tiers import all_of, nightly
 from support.warehouses import activations, rewrite_file, stats_of, write_every_table, write_measured
 
 from avss_dist.analysis.findings import findings
@@ -121,6 +122,13 @@ def test_one_damaged_run_stops_no_other(table: str, damage: Callable[[Path], Non
 
 
 LEFT_OUT = "1 run cannot be read: beta-2 ("
+COMMANDS = (
+    "show -o x.svg --run *",
+    "compare --allow-mismatch",
+    "findings",
+    "show --format csv --run *",
+    "report -o x.html",
+)
 
 
 @pytest.mark.parametrize(
@@ -128,16 +136,8 @@ LEFT_OUT = "1 run cannot be read: beta-2 ("
     [
         ("runs", "show --run alpha"),
         ("scores", "show --run beta"),
-        *product(
-            ["runs", "scores"],
-            [
-                "show -o x.svg --run *",
-                "compare --allow-mismatch",
-                "findings",
-                "show --format csv --run *",
-                "report -o x.html",
-            ],
-        ),
+        *product(["scores"], COMMANDS),
+        *nightly(*product(["runs"], COMMANDS)),
     ],
 )
 def test_every_command_names_what_it_left_out(
@@ -488,7 +488,7 @@ def test_copies_in_the_cache_beside_a_damaged_run_stay_however_often(
         (_,) = tmp_path.glob("cache/**/scores/*.parquet")
 
 
-@pytest.mark.parametrize("table", DAMAGED_TABLES)
+@pytest.mark.parametrize("table", all_of(DAMAGED_TABLES, ["scores"]))
 def test_a_damaged_run_is_not_published(table: str, root: Path, tmp_path: Path) -> None:
     next(flips(file_of(root, table), 2))
     warehouse = Warehouse(root)
