@@ -61,13 +61,22 @@ def test_every_script_is_run_by_a_test() -> None:
         ("benchmarks/changes.py", "--series 4 --units 8 16", r"neighbours alike +16 units .*refused"),
         ("benchmarks/damage.py", "WIDE builtin:pydoc --sequences 2 --draws 1", "damage"),
         ("benchmarks/repair.py", "WIDE builtin:pydoc --drop 1 --rows 40 --sequence-length 32", "linear_patch"),
+        (
+            "benchmarks/smaller.py",
+            "WIDE FOLDER --drop 1 --fit builtin:pydoc --text help=builtin:pydoc --repairs refit --rows 8 --fit-rows 12 "
+            "--distill-tokens 512",
+            r"\| refit-own-distilled \| [0-9.]+ \([+-]",
+        ),
         ("benchmarks/throughput.py", "WIDE --rounds 1 --sequences 4", r"(?s)AVSS authors' recipe.*peak memory beyond"),
         ("gpu/first.py", "kernels --dry", r"(?s)\A(?!.*FAILED)."),
         ("gpu/first.py", "models --dry", r"(?s)\A(?!.*FAILED)."),
     ],
 )
-def test_a_script_prints_what_it_compares(script: str, options: str, printed: str, run: Run, wide: Path) -> None:
-    assert re.search(printed, run(script, *(wide if word == "WIDE" else word for word in options.split())))
+def test_a_script_prints_what_it_compares(
+    script: str, options: str, printed: str, run: Run, wide: Path, tmp_path: Path
+) -> None:
+    folders = {"WIDE": wide, "FOLDER": tmp_path}
+    assert re.search(printed, run(script, *(folders.get(word, word) for word in options.split())))
 
 
 @pytest.mark.nightly
