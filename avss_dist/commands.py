@@ -86,8 +86,15 @@ class Runs(list[Run], TabularResult):
 @keywords(RunJobRequest)
 def run(request: RunJobRequest) -> Runs:
     """Execute a job file, its experiment included. Finished runs are not repeated."""
-    job = request.job if isinstance(request.job, JobFile) else read_job(request.job)
+    job = request.job if isinstance(request.job, JobFile) else read_job(request.job, watch=request.watch)
     job.refuse_unused(allow_overlap=request.allow_overlap, allow_many=request.allow_many)
+    if request.watch:
+        job.require_watched()
+        return Runs(
+            scoring.watch_job(
+                job, request.on_event, end=request.until, seconds=request.watch_seconds, **request.replaced
+            )
+        )
     if job.experiment is None:
         return Runs(scoring.run_job(job, request.on_event, **request.replaced))
     results, rows = run_experiment(job, request)

@@ -40,6 +40,7 @@ from avss_dist.core.validation import (
     check,
     checked,
 )
+from avss_dist.core.watch_end import WatchEndText
 from avss_dist.models.change.number_formats import format_names, number_format
 from avss_dist.partition.catalog import PARTITIONS, SHARDINGS
 from avss_dist.partition.execution import EXECUTORS, ClusterOptions, Execution, ReplicaRange, Sizes
@@ -617,13 +618,33 @@ class JobFileRequest(Request):
     """Model copies in parallel, 8 or 4..64, instead of the file's."""
     fresh: bool | None = None
     """Measure again what has already been measured."""
+    watch: bool = False
+    """Also measure the checkpoints that a training writes into the globs of folders, as they become complete."""
+    until: WatchEndText | None = None
+    """End of the watch: 20 for 20 checkpoints, 30m for 30 minutes in which nothing is written; otherwise Ctrl-C."""
+    watch_seconds: Annotated[Seconds, RARE] = 10.0
+    """Seconds between two looks at the folders that are watched."""
     replaceable: ClassVar[tuple[str, ...]] = ("replicas", "fresh")
+
+    def __post_init__(self) -> None:
+        if self.until is not None and not self.watch:
+            raise ConfigError("`until` is the end of a watch.", "Set `watch`, too.")
 
     @property
     def replaced(self) -> dict[str, Any]:
         """Values that replace those of the file, by field of `Execution`."""
         values = {name: getattr(self, name) for name in self.replaceable}
         return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def watching(self) -> dict[str, Any]:
+        """Values of the options of a watch, if there is one."""
+        if not self.watch:
+            return {}
+        values: dict[str, Any] = {"watch": True, "watch_seconds": self.watch_seconds}
+        if self.until is not None:
+            values["until"] = self.until
+        return values
 
 
 @checked

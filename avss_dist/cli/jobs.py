@@ -37,10 +37,10 @@ def jobs_submit(request: SubmitRequest, format: str) -> int:
     from avss_dist.reports.output import print_result
     from avss_dist.runs.job_file import read_job
 
-    job_file = read_job(request.job, expand=False)
+    job_file = read_job(request.job, expand=False, watch=request.watch)
     replace(job_file.execution, **request.replaced)  # raises here the errors that the cluster would
     cluster = _cluster(request)
-    job_id = cluster.submit(job_file, option_words(request.replaced))
+    job_id = cluster.submit(job_file, option_words({**request.replaced, **request.watching}))
     if not request.follow:
         print_result(format, [job_id], lambda: [{"job": job_id, "address": request.address}])
         say(f"Follow it: {_job_command('logs', job_id, request.address)} --follow")

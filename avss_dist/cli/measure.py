@@ -176,12 +176,14 @@ def run(request: RunCommandRequest, format: str) -> int:
     if request.schema:
         emit_json(job_schema(), indent=2)
         return 0
-    job = request.job if isinstance(request.job, JobFile) else read_job(request.job)
+    is_watch = request.watch and not request.dry_run
+    job = request.job if isinstance(request.job, JobFile) else read_job(request.job, watch=is_watch)
     for note in job.notes:
         say(note)
     if request.dry_run:
         return _preview(job, format, request.replaced)
-    with run_progress(len(job.specs)) as progress:
+    num_runs = None if is_watch else len(job.specs)
+    with run_progress(num_runs) as progress:
         on_event = both(progress, CellProgress()) if job.experiment else progress
         results = unwrap(run_job)(replace(request, job=job, on_event=on_event))
     failures = [_outcome(result) for result in results if result.status == "failed"]

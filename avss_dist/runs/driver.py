@@ -15,6 +15,7 @@ from threading import Semaphore
 
 from avss_dist.core.errors import AvssError, StorageFull, as_failure, own_copy
 from avss_dist.runs.driver_events import (
+    Arrived,
     DriverEvent,
     FailureRecorded,
     Finished,
@@ -28,7 +29,8 @@ from avss_dist.runs.driver_events import (
     Stored,
     Taken,
 )
-from avss_dist.runs.events import OnRunEvent, RunEnded, RunReading, RunStarted, ShardMeasured
+from avss_dist.runs.events import OnRunEvent, RunEnded, RunReading, RunStarted, ShardMeasured, WatchNote
+from avss_dist.runs.folder_watch import Arrival, FolderWatch
 from avss_dist.runs.in_progress import RunInProgress
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.local import Executor
@@ -55,6 +57,7 @@ class Driver:
     Args:
         fresh: measure every run again, whatever is stored.
         planner: plans the runs in another thread; a planner for the executor and the warehouse if left out.
+        watch: gives further runs, one checkpoint after the other, when no run waits. The planner's thread asks it.
     """
 
     def __init__(
@@ -65,12 +68,16 @@ class Driver:
         *,
         fresh: bool = False,
         planner: Planner | None = None,
+        watch: FolderWatch | None = None,
     ) -> None:
         self._store = store
         self._executor = executor
         self._on_event = on_event
         self._fresh = fresh
         self._planning = planner or Planner(executor, store)
+        self._watch = watch
+        self._more_may_arrive = watch is not None
+        self._awaits_arrival = False  # whether the watch was asked, and has not answered
         self._events: SimpleQueue[DriverEvent] = SimpleQueue()
         self._submitted: Submissions[RunShards] = Submissions(lambda shards: self._events.put(Taken(shards)))
         self._room = Semaphore(UNCOMMITTED)  # taken by the executor's thread for each result, and given back here
@@ -90,6 +97,8 @@ class Driver:
 
     def run(self, specs: Sequence[RunSpec]) -> Generator[tuple[RunSpec, Run | AvssError], None, None]:
         """Yield each run as it ends: done, skipped, or the error that ended it. Other runs continue.
+
+        Runs that a watch gives come after these.
 
         Raises:
             AvssError: the executor itself failed.
@@ -163,6 +172,9 @@ class Driver:
                 if not self._is_stopping:
                     raise interrupt
                 return
+            case Arrived(arrival):
+                self._on_arrived(arrival)
+                return
             case Taken(shards) | Measured(shards):
                 tracked = self._runs_of_shards.get(shards)
             case _:
@@ -210,8 +222,39 @@ class Driver:
         """Have the next run planned as soon as none waits for the executor. After the last one, submissions end."""
         while self._waiting and self._may_plan():
             self._plan(self._waiting.popleft())
-        if not self._waiting and not self._submitted.is_closed and self._may_plan():
+        if self._waiting or self._submitted.is_closed or not self._may_plan():
+            return
+        if not self._more_may_arrive:
             self._submitted.close()
+        elif not self._awaits_arrival:
+            self._awaits_arrival = True
+            self._planner.submit(self._await_arrival)
+
+    def _await_arrival(self) -> None:
+        """Wait for the next checkpoint of the watch, in the planner's thread."""
+        assert self._watch is not None
+        event: DriverEvent
+        try:
+            event = Arrived(self._watch.take())
+        except BaseException as error:
+            event = JobInterrupted(error)
+        self._events.put(event)
+
+    def _on_arrived(self, arrival: Arrival) -> None:
+        """Have the runs of a checkpoint planned. Without any, the watch has ended."""
+        if self._is_stopping:
+            return
+        self._awaits_arrival = False
+        self._more_may_arrive = bool(arrival.specs)
+        # A folder that is written again with the same files is not a repeat of a run that has ended: that one may have
+        # failed, as its files were deleted.
+        self._first_runs = {run_id: first for run_id, first in self._first_runs.items() if not first.has_ended}
+        arrived = [TrackedRun(spec) for spec in arrival.specs]
+        self._runs += arrived
+        self._waiting.extend(arrived)
+        self._plan_next()
+        if arrival.note:
+            self._on_event(WatchNote(arrived[0].spec.name, arrival.note))
 
     def _may_plan(self) -> bool:
         if self._is_stopping:
@@ -320,6 +363,8 @@ class Driver:
         """End a run with its first error, after that was recorded if the run has begun. Later errors do not count."""
         if tracked.error is not None:
             return
+        if self._watch is not None:
+            error = self._watch.explain(tracked.spec, error)
         tracked.error = error
         progress = tracked.progress
         if progress is None:
@@ -407,6 +452,8 @@ class Driver:
                 tracked.progress.shards.dropped = True
         self._submitted.close()
         self._planner.close()
+        if self._watch is not None:
+            self._watch.close()
         for thread in (self._measuring, self._planner):
             self._handle_until_ended(thread, deadline)
             if thread.is_alive:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from avss_dist.core.errors import AvssError
+from avss_dist.runs.folder_watch import Arrival
 from avss_dist.runs.in_progress import RunInProgress
 from avss_dist.runs.planned import PlannedRun
 from avss_dist.runs.result import Run
@@ -27,6 +28,13 @@ class LookedUp:
 
     tracked: TrackedRun
     progress: RunInProgress | None
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """Event of the planner: a watch has found a checkpoint, or has ended."""
+
+    arrival: Arrival
 
 
 @dataclass(frozen=True)
@@ -89,11 +97,11 @@ class JobFailed:
 
 @dataclass(frozen=True)
 class JobInterrupted:
-    """Event of the planner or the committer: an interrupt was raised in a job."""
+    """Event of the planner or the committer: an interrupt was raised in a job, or an error in a watch."""
 
     interrupt: BaseException
 
 
 RunProgress: TypeAlias = Planned | LookedUp | Stored | Finished | FailureRecorded | JobFailed
 """Events of jobs that are of one run."""
-DriverEvent: TypeAlias = RunProgress | Taken | Measured | MeasuringEnded | JobInterrupted
+DriverEvent: TypeAlias = RunProgress | Arrived | Taken | Measured | MeasuringEnded | JobInterrupted

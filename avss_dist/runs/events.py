@@ -69,6 +69,17 @@ class RunEnded(RunEvent):
     repeats: str = ""
 
 
+@dataclass(frozen=True)
+class WatchNote(RunEvent):
+    """A remark of a watch, whose ``name`` is its globs.
+
+    Attributes:
+        text: a sentence.
+    """
+
+    text: str
+
+
 OnRunEvent = Callable[[RunEvent], None]
 
 
@@ -164,6 +175,8 @@ class LogRuns:
         The distribution of a replica is written if it is not a single whole model.
         """
         match event:
+            case WatchNote(_, text):
+                self._write(text)
             case RunStarted(name, num_tokens, done_tokens, placement):
                 if placement.partition != WHOLE:
                     self._write(f"{name}: {placement.partition}; {placement.why}.")

@@ -214,6 +214,7 @@ class JobFile:
         specs: the runs, model by model.
         experiment: experiment with every run; None without such a section.
         notes: sentences about checkpoints that are not those that the file asks for.
+        watched: runs whose model is a glob of folders, if the file was read for a watch.
     """
 
     path: Path
@@ -225,6 +226,14 @@ class JobFile:
     specs: tuple[RunSpec, ...]
     experiment: Experiment | None = None
     notes: tuple[str, ...] = ()
+    watched: tuple[RunSpec, ...] = ()
+
+    def require_watched(self) -> None:
+        """Raise ConfigError if the file was not read for a watch."""
+        if not self.watched:
+            raise ConfigError(
+                f"{self.path} was not read for a watch.", "Name the file, or use read_job(..., watch=True)."
+            )
 
     def refuse_unused(self, **options: bool) -> None:
         """Raise ConfigError for options of an experiment if the file has none."""
@@ -233,16 +242,17 @@ class JobFile:
             raise ConfigError(f"`{names[0]}` applies to an experiment; {self.path} has none.", "Leave it out.")
 
 
-def read_job(path: str | Path, *, expand: bool = True) -> JobFile:
+def read_job(path: str | Path, *, expand: bool = True, watch: bool = False) -> JobFile:
     """Read a job file.
 
     Args:
         expand: replace globs of folders by their matches on this machine. Set it to False for a job of another machine.
+        watch: keep globs of folders for a watch; require one, and no experiment.
 
     Raises:
         ConfigError: the file has problems. All of them are reported, each with its line.
     """
-    return _Reader(read_yaml(Path(path), _KIND), expand=expand).job()
+    return _Reader(read_yaml(Path(path), _KIND), expand=expand, watch=watch).job()
 
 
 @dataclass
@@ -250,11 +260,13 @@ class _Reader:
     """Reader of a document as a job. It adds problems to the document instead of stopping at the first.
 
     Attributes:
+        watch: whether globs of folders are kept for a watch.
         notes: models that a note is about, by the note.
     """
 
     document: Document
     expand: bool
+    watch: bool = False
     notes: dict[str, list[str]] = field(default_factory=dict)
 
     def job(self) -> JobFile:
@@ -272,9 +284,14 @@ class _Reader:
         if len(specs) > MAX_RUNS:
             document.report((), f"more than {MAX_RUNS:,} runs; split them into several jobs")
         self.check_repeated(specs)
+        watched: list[RunSpec] = []
+        if self.watch:
+            watched = [spec for spec in specs if glob.has_magic(spec.model)]
+            specs = [spec for spec in specs if not glob.has_magic(spec.model)]
+            self.check_watch(watched)
         if self.expand:
             self.check_trainings(specs)
-            self.check_corpora(corpora, specs)
+            self.check_corpora(corpora, [*specs, *watched])
             if job and job.experiment:
                 self.check_experiment(job.experiment)
         job = document.require_valid(job)
@@ -291,7 +308,21 @@ class _Reader:
             specs=tuple(specs),
             experiment=job.experiment,
             notes=tuple(describe_notes(self.notes)),
+            watched=tuple(watched),
         )
+
+    def check_watch(self, watched: Sequence[RunSpec]) -> None:
+        """Report a job that cannot be watched: one with an experiment, or without a glob of folders."""
+        if not watched and not self.document.problems:
+            self.document.report(("models",), "no glob of folders to watch, such as /data/run7/checkpoint-*")
+        for spec in watched:
+            if spec.model.endswith(".gguf"):
+                self.document.problems.add((spec.line, "folders are watched, and no .gguf files"))
+        if "experiment" in self.document.value:
+            problem = (
+                "an experiment needs all of its models; leave it out while a training is watched, and run it after"
+            )
+            self.document.report(("experiment",), problem)
 
     def corpora(self) -> dict[str, int]:
         """Return the place of each text in the list of corpora. Report those that are named twice."""
@@ -453,7 +484,7 @@ class _Reader:
 
     def folders(self, name: str, location: Location) -> list[str]:
         """Return the folders of a glob, or a name that is none."""
-        if not self.expand or not glob.has_magic(name):
+        if self.watch or not self.expand or not glob.has_magic(name):
             return [name]
         matches = glob.glob(str(Path(name).expanduser()), recursive=True)
         models = sorted(match for match in matches if Path(match).is_dir() or match.endswith(".gguf"))

@@ -10,17 +10,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from avss_dist.core.errors import AvssError, StorageFull
+from avss_dist.core.errors import AvssError, RunFailed, StorageFull
 from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.settings import Settings
 from avss_dist.core.validation import keywords
+from avss_dist.core.watch_end import WatchEnd
 from avss_dist.corpus.sources import corpus_problems
 from avss_dist.models.checkpoint.locate import slug
 from avss_dist.partition.catalog import GANGS
 from avss_dist.partition.execution import Execution
 from avss_dist.requests import ScoreAllRequest, ScoreRequest
 from avss_dist.runs.driver import Driver
-from avss_dist.runs.events import LogRuns, OnRunEvent, RunEnded
+from avss_dist.runs.events import LogRuns, OnRunEvent, RunEnded, WatchNote
+from avss_dist.runs.folder_watch import FolderWatch
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.local import Executor, open_executor
 from avss_dist.runs.result import Run
@@ -74,10 +76,48 @@ def run_job(job: JobFile, on_event: OnRunEvent | None = None, **options: object)
     return _run_all(specs, Store(job.warehouse), job.settings, execution, on_event or LogRuns())
 
 
+def watch_job(
+    job: JobFile, on_event: OnRunEvent | None, *, end: WatchEnd | None, seconds: float, **options: object
+) -> list[Run]:
+    """Execute the runs of a job file, then those of checkpoints that come into its globs of folders.
+
+    Args:
+        on_event: receives the events of the runs, and remarks of the watch.
+        end: end of the watch; without one, it goes on until it is interrupted.
+        seconds: time between two looks at the folders.
+        options: see `run_job`.
+
+    Returns:
+        The runs of the job, then those of checkpoints as they ended.
+
+    Raises:
+        AvssError: see `run_job`; no checkpoint came.
+    """
+    specs, execution = overridden(job, options)
+    watch = FolderWatch(_with_execution(job.watched, options), end, seconds)
+    tell = on_event or LogRuns()
+    tell(WatchNote(watch.globs, watch.describe()))
+    try:
+        results = _run_all(specs, Store(job.warehouse), job.settings, execution, tell, watch=watch)
+    finally:
+        for text in watch.remarks():
+            tell(WatchNote(watch.globs, text))
+    if not results:
+        raise RunFailed(
+            f"No folder that matches {watch.globs} became a complete checkpoint.",
+            f"Check the glob (relative paths start in {Path.cwd()}) and the training.",
+        )
+    return results
+
+
 def overridden(job: JobFile, options: dict[str, Any]) -> tuple[list[RunSpec], Execution]:
     """Return the runs of a job and its execution settings, overridden by options."""
-    specs = [replace(spec, execution=replace(spec.execution, **options)) for spec in job.specs]
-    return specs, replace(job.execution, **options)
+    return _with_execution(job.specs, options), replace(job.execution, **options)
+
+
+def _with_execution(specs: Sequence[RunSpec], options: dict[str, Any]) -> list[RunSpec]:
+    """Return runs with some execution settings replaced by options."""
+    return [replace(spec, execution=replace(spec.execution, **options)) for spec in specs]
 
 
 def executor_for(specs: Sequence[RunSpec], settings: Settings, execution: Execution) -> Executor:
@@ -94,16 +134,19 @@ def _run_all(
     on_event: OnRunEvent,
     *,
     alone: bool = False,
+    watch: FolderWatch | None = None,
 ) -> list[Run]:
     """Return the run of every spec, in order. Errors of the warehouse and of the executor come before any work.
 
     Args:
         alone: raise the error of the one run instead of recording it.
+        watch: gives further runs, which follow as they end.
     """
     store.storage.create()
-    results: dict[int, Run] = {}  # by the identity of the specification, as two may be equal
-    with closing(executor_for(specs, settings, execution)) as executor:
-        driver = Driver(store, executor, on_event, fresh=execution.fresh)
+    ended: list[tuple[RunSpec, Run]] = []
+    watched = watch.specs if watch is not None else ()
+    with closing(executor_for([*specs, *watched], settings, execution)) as executor:
+        driver = Driver(store, executor, on_event, fresh=execution.fresh, watch=watch)
         with closing(driver.run(specs)) as endings:
             for spec, ending in endings:
                 if isinstance(ending, AvssError):
@@ -113,8 +156,15 @@ def _run_all(
                     on_event(RunEnded(spec.name, result))
                 else:
                     result = ending
-                results[id(spec)] = result
-    return [results[id(spec)] for spec in specs]
+                ended.append((spec, result))
+    return _in_order(specs, ended)
+
+
+def _in_order(specs: Sequence[RunSpec], ended: Sequence[tuple[RunSpec, Run]]) -> list[Run]:
+    """Return the runs of specifications in their order, then all others as they ended."""
+    places = {id(spec): place for place, spec in enumerate(specs)}  # Two specifications may be equal.
+    in_order = sorted(ended, key=lambda ending: places.get(id(ending[0]), len(places)))
+    return [run for _, run in in_order]
 
 
 def record_failure(store: Store, spec: RunSpec, error: AvssError) -> Run:

@@ -27,7 +27,7 @@ from support.simulated_runs import Driven, Fate, drive
 
 from avss_dist.core.errors import AvssError, RunFailed, StorageFull
 from avss_dist.runs.driver import Driver
-from avss_dist.runs.events import RunEnded, RunEvent, ShardMeasured
+from avss_dist.runs.events import RunEnded, RunEvent, ShardMeasured, WatchNote
 from avss_dist.runs.result import Run
 from avss_dist.runs.run_state import ENDED, NEXT_STATES, RunState, TrackedRun
 from avss_dist.runs.threads import InterruptibleThread, Submissions
@@ -145,6 +145,20 @@ def test_the_laws_hold_for_random_jobs(job: list[Fate], plans_ahead: bool) -> No
     assert driven.raised is None
     check_every_run_ends_once(driven)
     check_repeats_end_as_their_firsts(driven)
+    check_failures_are_their_own(driven)
+    check_what_was_measured_is_stored(driven)
+    assert threads_of_drivers() == []
+
+
+@seed(0)
+@random_jobs
+@given(job=fates(), listed=st.integers(0, 2), plans_ahead=st.booleans())
+def test_the_laws_hold_for_runs_of_a_watch(job: list[Fate], listed: int, plans_ahead: bool) -> None:
+    """But for repeats: a run that comes again after its first has ended is tried again."""
+    job = list({fate.run_id: fate for fate in job}.values())
+    driven = drive(job, listed=listed, plans_ahead=plans_ahead)
+    assert driven.raised is None
+    check_every_run_ends_once(driven)
     check_failures_are_their_own(driven)
     check_what_was_measured_is_stored(driven)
     assert threads_of_drivers() == []
@@ -323,6 +337,35 @@ def test_a_callback_that_raises_ends_the_run_of_its_event() -> None:
     assert isinstance(first, RunFailed)
     assert first.message == "ValueError: a bug of the callback"
     assert isinstance(driven.ending(1), Run)
+
+
+def test_an_interrupt_ends_a_watch_that_waits() -> None:
+    def interrupt_after_the_last(driven: Driven, event: RunEvent) -> None:
+        if isinstance(event, RunEnded) and event.name == "b":
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    driven = drive([Fate("a"), Fate("b")], listed=1, watch_ends=False, on_event=interrupt_after_the_last)
+    assert isinstance(driven.raised, KeyboardInterrupt)
+    assert driven.raised.__notes__ == ["2 of 2 runs are done"]
+    assert threads_of_drivers() == []
+
+
+def test_a_run_that_comes_again_after_it_failed_is_tried_again() -> None:
+    driven = drive([Fate("a", fails_in="measure"), Fate("a")], listed=0, plans_ahead=False)
+    assert isinstance(driven.ending(0), RunFailed)
+    assert driven.warehouse.rows["a"] == ["failed", "failed"]
+
+
+def test_a_crash_of_the_executor_ends_a_watch_that_waits() -> None:
+    driven = drive([Fate("a", 9)], listed=0, watch_ends=False, crash_after=3)
+    assert isinstance(driven.raised, RunFailed)
+    assert threads_of_drivers() == []
+
+
+def test_a_watch_says_how_many_wait() -> None:
+    driven = drive([Fate("a"), Fate("b")], listed=1)
+    notes = [event for event in driven.events if isinstance(event, WatchNote)]
+    assert notes == [WatchNote("b", "one waits")]
 
 
 def test_all_events_come_in_the_thread_that_drives() -> None:

@@ -6,11 +6,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from threading import Event
 from typing import Any
 
 from avss_dist.core.errors import AvssError, RunFailed, StorageFull
 from avss_dist.runs.driver import Driver
 from avss_dist.runs.events import RunEvent
+from avss_dist.runs.folder_watch import Arrival
 from avss_dist.runs.ray.pool import Pool, QueueSource
 from avss_dist.runs.ray.queue import ShardQueue
 from avss_dist.runs.result import Run
@@ -142,6 +144,34 @@ class SimulatedPlanner:
         return SimulatedProgress(fate, self._warehouse)
 
 
+class SimulatedWatch:
+    """Gives one run after the other, in place of `runs.folder_watch.FolderWatch`.
+
+    Args:
+        fates: the runs that come.
+        ends: whether the watch ends after them. Otherwise it waits until it is closed.
+    """
+
+    def __init__(self, fates: Sequence[Fate], *, ends: bool = True) -> None:
+        self._coming = list(fates)
+        self._ends = ends
+        self._closed = Event()
+
+    def take(self) -> Arrival:
+        if self._coming:
+            specs: Any = (self._coming.pop(0),)
+            return Arrival(specs, "one waits")
+        if not self._ends:
+            self._closed.wait()
+        return Arrival()
+
+    def explain(self, fate: Fate, error: AvssError) -> AvssError:
+        return error
+
+    def close(self) -> None:
+        self._closed.set()
+
+
 class SimulatedPlan:
     """A planned run."""
 
@@ -233,10 +263,20 @@ def drive(
     *,
     driver: type[Driver] = Driver,
     on_event: Callable[[Driven, RunEvent], None] = lambda driven, event: None,
+    listed: int | None = None,
+    watch_ends: bool = True,
     **options: Any,
 ) -> Driven:
-    """Drive runs to their fates."""
+    """Drive runs to their fates.
+
+    Args:
+        listed: number of runs that the job has from the start. A watch gives the others. None if all are listed.
+        watch_ends: whether the watch ends after its last run.
+    """
     fates = [Fate(**vars(fate)) for fate in fates]  # Each is an object of its own.
+    watch: Any = None
+    if listed is not None:
+        watch = SimulatedWatch(fates[listed:], ends=watch_ends)
     warehouse = SimulatedWarehouse()
     driven = Driven(fates, warehouse, SimulatedExecutor(fates, **options))
 
@@ -246,9 +286,9 @@ def drive(
 
     parts: Any = (warehouse, driven.executor, note)
     planner: Any = SimulatedPlanner(warehouse)
-    specs: Any = fates
+    specs: Any = fates[:listed]
     try:
-        for spec, ending in driver(*parts, planner=planner).run(specs):
+        for spec, ending in driver(*parts, planner=planner, watch=watch).run(specs):
             driven.endings.append((spec, ending))  # type: ignore[arg-type]
     except BaseException as raised:
         driven.raised = raised

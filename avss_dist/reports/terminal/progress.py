@@ -25,6 +25,7 @@ from avss_dist.runs.events import (
     RunReading,
     RunStarted,
     ShardMeasured,
+    WatchNote,
     describe_repeated,
 )
 from avss_dist.warehouse.names import REPAIR
@@ -99,6 +100,8 @@ class Progress(_Bars):
     def __call__(self, event: object) -> None:
         """Show an event. How a replica is spread is printed on a terminal, or if it is not a single whole model."""
         match event:
+            case WatchNote(_, text):
+                self.print(text, markup=False, highlight=False)
             case RunReading(name):
                 self._runs[name] = self.add_task(f"{_short(name)}: reading", total=None)
             case RunStarted(name, total, done, placement):
@@ -124,10 +127,11 @@ class Progress(_Bars):
             self.update(task.id, visible=False)
 
 
-def run_progress(num_runs: int, *, ends: bool = True) -> AbstractContextManager[Progress | LogRuns]:
+def run_progress(num_runs: int | None, *, ends: bool = True) -> AbstractContextManager[Progress | LogRuns]:
     """Return a callback for the events of runs: bars on a terminal, otherwise lines.
 
     Args:
+        num_runs: number of runs; None if it is not known.
         ends: print a line at the end of each run, if there are no bars.
     """
     if console(stderr=True).is_terminal:
