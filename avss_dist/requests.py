@@ -679,6 +679,11 @@ class RunCommandRequest(RunJobRequest):
         if self.job is None and not self.schema:
             raise ConfigError("`job` is missing.")
 
+    @property
+    def watches(self) -> bool:
+        """Whether folders are watched. A dry run shows those that are there."""
+        return self.watch and not self.dry_run
+
 
 @checked
 class ClusterRequest(Request):

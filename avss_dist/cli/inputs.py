@@ -37,7 +37,7 @@ def require_inputs(request: RequestType) -> RequestType:
     if isinstance(request, RunCommandRequest):
         if request.job is None:
             return request
-        job = read_job(request.job)
+        job = read_job(request.job, watch=request.watches)
         lines = {spec.model: f"{job.path}:{spec.line}: " for spec in job.specs}
         _require_some(lines)
         return replace(request, job=job)

@@ -176,13 +176,12 @@ def run(request: RunCommandRequest, format: str) -> int:
     if request.schema:
         emit_json(job_schema(), indent=2)
         return 0
-    is_watch = request.watch and not request.dry_run
-    job = request.job if isinstance(request.job, JobFile) else read_job(request.job, watch=is_watch)
+    job = request.job if isinstance(request.job, JobFile) else read_job(request.job, watch=request.watches)
     for note in job.notes:
         say(note)
     if request.dry_run:
         return _preview(job, format, request.replaced)
-    num_runs = None if is_watch else len(job.specs)
+    num_runs = None if request.watches else len(job.specs)
     with run_progress(num_runs) as progress:
         on_event = both(progress, CellProgress()) if job.experiment else progress
         results = unwrap(run_job)(replace(request, job=job, on_event=on_event))

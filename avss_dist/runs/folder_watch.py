@@ -96,13 +96,13 @@ class FolderWatch:
         return ", ".join(dict.fromkeys(spec.model for spec in self.specs))
 
     def describe(self) -> str:
-        """Return a sentence that says what is watched, and until when."""
-        until = ""
+        """Return sentences that say what is watched, and when the watch ends."""
+        text = f"Watching {self.globs}: a look every {self.seconds:g} s."
         if self.end and self.end.minutes:
-            until = f", until nothing is written for {self.end.minutes:g} min"
+            text += f" It ends after {self.end.minutes:g} min in which nothing is written."
         if self.end and self.end.checkpoints:
-            until = f", until {count_of(self.end.checkpoints, 'checkpoint')} were taken"
-        return f"Watching {self.globs}: a look every {self.seconds:g} s{until}."
+            text += f" It ends after {count_of(self.end.checkpoints, 'checkpoint')}."
+        return text
 
     def close(self) -> None:
         """End the watch: `take` returns."""

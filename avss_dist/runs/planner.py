@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +20,7 @@ from avss_dist.models.checkpoint.loading import load_tokenizer, pin, text_config
 from avss_dist.models.checkpoint.locate import Checkpoint, content_hash, resolve
 from avss_dist.models.checkpoint.size import Footprint, sharing_skeletons
 from avss_dist.models.checkpoint.training import training_point
+from avss_dist.models.checkpoint.written import FileState, file_states
 from avss_dist.models.structure.additions import transforms_outputs
 from avss_dist.partition.choose import choose, needs_size, require_ranks, size_of
 from avss_dist.partition.placement import Placement, fingerprint_part
@@ -144,8 +147,8 @@ class Planner:
 
     @sharing_skeletons()
     def _open(self, spec: RunSpec) -> OpenedModel:
-        """Return what is known of the model of a run. The last one is remembered."""
-        key = (spec.model, spec.settings, spec.execution)
+        """Return what is known of the model of a run. The last one is remembered, until its files are written again."""
+        key = (spec.model, spec.settings, spec.execution, _states_of(spec.model))
         if self._last_opened is not None and self._last_key == key:
             return self._last_opened
         if spec.settings.allow_pickle and self.fetch:
@@ -219,6 +222,13 @@ class Planner:
             settings.skip_first_tokens,
             *settings.text_options().values(),
         )
+
+
+def _states_of(model: str) -> tuple[FileState, ...]:
+    """Return the states of the files in a folder. A hub id has none."""
+    with suppress(OSError):
+        return file_states(Path(model).expanduser())
+    return ()
 
 
 def _highest_token(corpus: CorpusPlan, batch_size: int) -> int:
