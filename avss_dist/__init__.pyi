@@ -404,6 +404,9 @@ def run(
     allow_many: bool = False,
     replicas: int | str | None = None,
     fresh: bool | None = None,
+    watch: bool = False,
+    until: int | str | None = None,
+    watch_seconds: float = 10.0,
     on_event: Callable[[Any], object] | None = None,
 ) -> Runs:
     """Execute a job file, its experiment included. Finished runs are not repeated."""

@@ -68,6 +68,23 @@ def test_a_job_with_an_experiment_cannot_be_watched(tmp_path: Path) -> None:
         read_job(file, watch=True)
 
 
+@pytest.mark.parametrize(
+    ("models", "says"),
+    [
+        ("'/data/*.gguf'", "folders are watched, and no .gguf files"),
+        ("{model: '/data/step-*', allow_pickle: true}", "a watch takes safetensors alone"),
+    ],
+)
+def test_what_is_not_watched_is_refused(models: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=says):
+        read_job(job_file(tmp_path, models), watch=True)
+
+
+def test_patterns_of_names_are_not_looked_for_in_globs(tmp_path: Path) -> None:
+    job = read_job(job_file(tmp_path, "{model: '/data/run-*/at-*', names: 'at-{step}'}"), watch=True)
+    assert job.watched[0].names == ("at-{step}",)
+
+
 def test_a_job_that_was_read_without_the_watch_is_refused(tmp_path: Path) -> None:
     (tmp_path / "step-1").mkdir()
     job = read_job(job_file(tmp_path, f"'{tmp_path}/step-*'"))
