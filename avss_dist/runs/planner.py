@@ -151,9 +151,12 @@ class Planner:
         key = (spec.model, spec.settings, spec.execution, _states_of(spec.model))
         if self._last_opened is not None and self._last_key == key:
             return self._last_opened
+        trust = spec.settings.trust_remote_code
         if spec.settings.allow_pickle and self.fetch:
-            convert_pickles(spec.model, trust_remote_code=spec.settings.trust_remote_code)
-        checkpoint = resolve(spec.model, trust_remote_code=spec.settings.trust_remote_code, weights=self.fetch)
+            convert_pickles(spec.model, trust_remote_code=trust)
+        checkpoint = resolve(
+            spec.model, trust_remote_code=trust, weights=self.fetch, unconverted=spec.settings.allow_pickle
+        )
         config = text_config(checkpoint)
         settings = pin(spec.settings, checkpoint, config, self.executor.devices.kind)
         size = None

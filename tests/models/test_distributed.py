@@ -6,6 +6,7 @@ import io
 import pickle
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,20 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageInfo
 
 from avss_dist.core.errors import ModelError
+from avss_dist.models.checkpoint import convert
 from avss_dist.models.checkpoint.convert import convert_pickles
-from avss_dist.models.checkpoint.distributed import METADATA, Chunk, distributed_folder, is_written, read_list
+from avss_dist.models.checkpoint.distributed import (
+    METADATA,
+    Chunk,
+    TensorList,
+    distributed_folder,
+    is_written,
+    read_list,
+)
 from avss_dist.models.checkpoint.locate import find_checkpoint, resolve
 from avss_dist.models.checkpoint.safetensors import NewTensor, write_tensors
 from avss_dist.models.checkpoint.training import TrainingPoint, training_point
+from avss_dist.runs.ray.worker import resolve_on_node
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -320,6 +330,61 @@ def test_without_a_configuration_the_message_says_where_it_goes(training: Path) 
 def test_a_distributed_checkpoint_is_opened_only_if_allowed(training: Path) -> None:
     with pytest.raises(ModelError, match=r"is a distributed checkpoint.*\navss score --allow-pickle"):
         resolve(str(training))
+
+
+@pytest.fixture
+def later(training: Path, tiny_llama: Path) -> Path:
+    """The next checkpoint of the training, with the same configuration."""
+    folder = training.parent / "checkpoint-1000"
+    tensors = {name: tensor + 1 for name, tensor in weights_in(tiny_llama).items()}
+    save_pieces({"model": tensors}, folder / FSDP)
+    return folder
+
+
+def test_checkpoints_are_told_apart_before_they_are_converted(training: Path, later: Path) -> None:
+    revisions = [resolve(str(folder), unconverted=True).revision for folder in (training, later)]
+    assert revisions[0] != revisions[1]
+
+
+def test_a_converted_checkpoint_has_the_revision_of_its_weights(training: Path) -> None:
+    convert_pickles(str(training))
+    assert resolve(str(training), unconverted=True) == checkpoint_at(training)
+
+
+def test_a_node_with_another_cache_converts_the_checkpoint_again(training: Path) -> None:
+    convert_pickles(str(training))
+    checkpoint = checkpoint_at(training)
+    elsewhere = replace(checkpoint, path="/cache/of/another/node")
+    assert resolve_on_node(elsewhere, pickles=True) == checkpoint
+
+
+def test_a_conversion_that_another_process_ends_first_is_taken(
+    training: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = convert.read_list
+
+    def read_late(folder: Path) -> TensorList:
+        """Read a list, after another process has converted the checkpoint."""
+        monkeypatch.setattr(convert, "read_list", read)
+        convert_pickles(str(training))
+        return read(folder)
+
+    monkeypatch.setattr(convert, "read_list", read_late)
+    assert same(converted(training), weights_in(tiny_llama))
+
+
+def test_a_dry_run_takes_what_the_run_converts(training: Path, later: Path, tmp_path: Path) -> None:
+    settings = {"allow_pickle": True, "sequence_length": 32, "max_sequences": 2}
+    job = {
+        "warehouse": str(tmp_path / "w"),
+        "models": [str(training), str(later)],
+        "corpora": ["builtin:pydoc"],
+        "settings": settings,
+    }
+    write_json(tmp_path / "job.yaml", job)
+    done = avss("run", tmp_path / "job.yaml", "--dry-run")
+    assert done.exit_code == 0, done.stderr
+    assert "2 missing" in done.stdout
 
 
 class _Attack:

@@ -434,6 +434,20 @@ def test_what_is_no_table_of_tensors_is_refused(folder: Path) -> None:
         convert_pickles(str(folder))
 
 
+def test_the_whole_model_of_fsdp_is_loaded(folder: Path) -> None:
+    torch.save(weights_in(folder), folder / "pytorch_model_fsdp.bin")
+    (folder / "model.safetensors").unlink()
+    convert_pickles(str(folder))
+    assert len(load(checkpoint_at(folder), Settings(), CPU).layers) == LAYERS
+
+
+def test_weights_of_one_rank_of_fsdp_are_refused(folder: Path) -> None:
+    torch.save(weights_in(folder), folder / "pytorch_model_fsdp_0_rank0.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"_0_rank0.bin has what one rank of a training had"):
+        convert_pickles(str(folder))
+
+
 FP8 = "of transformers.integrations.finegrained_fp8"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from avss_dist.core.errors import ModelError, explain_unwritable, first_line, first_names
+from avss_dist.core.errors import AvssError, ModelError, explain_unwritable, first_line, first_names
 from avss_dist.core.files import staged_folder
 from avss_dist.core.settings import Settings
 from avss_dist.models.checkpoint.complete import missing_weights, weight_names
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _INDEX = "pytorch_model.bin.index.json"
+_OF_RANK = re.compile(r"_rank\d+\.bin$")
+"""End of the name of a file that a rank of FSDP wrote alone."""
 _PREFIXES = ("", "model.", "module.", "model.module.", "state_dict.", "app.model.")
 """Starts of the names of a model's weights in checkpoints of whole trainings."""
 _WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
@@ -80,6 +83,21 @@ def convert_pickles(spec: str, *, trust_remote_code: bool = False) -> None:
     place = conversion_place(folder)
     if place is None or place.is_dir():
         return
+    try:
+        _convert(folder, spec, place, trust_remote_code=trust_remote_code)
+    except AvssError:
+        if not place.is_dir():
+            raise
+        # Another process of this machine was faster.
+
+
+def _convert(folder: Path, spec: str, place: Path, *, trust_remote_code: bool) -> None:
+    """Convert the weights in a folder to a place in the cache.
+
+    Raises:
+        ModelError: the files hold more than tensors, are damaged, or lack some.
+        StorageFull: there is no space left.
+    """
     files = pickled_weights(folder)
     pieces = distributed_folder(folder)
     with (
@@ -96,9 +114,23 @@ def convert_pickles(spec: str, *, trust_remote_code: bool = False) -> None:
 
 
 def _convert_files(folder: Path, files: Sequence[Path], target: Path) -> None:
-    """Convert the pickled weights of a folder, file by file, and copy its other files."""
+    """Convert the pickled weights of a folder, file by file, and copy its other files.
+
+    Raises:
+        ModelError: a file holds more than tensors, is damaged, or has what one rank of a training had.
+    """
     for file in files:
-        _convert_file(file, target / _renamed(file.name))
+        if _OF_RANK.search(file.name):
+            raise ModelError(
+                f"{file} has what one rank of a training had of each weight, and not where that belongs.",
+                "Save checkpoints with SHARDED_STATE_DICT or FULL_STATE_DICT, and without use_dcp=False.",
+            )
+    if len(files) == 1 and not (folder / _INDEX).is_file():
+        # FSDP's file of the whole model is pytorch_model_fsdp.bin, and transformers takes one file of this name only.
+        _convert_file(files[0], target / SINGLE)
+    else:
+        for file in files:
+            _convert_file(file, target / _renamed(file.name))
     for file in folder.iterdir():
         if _is_copied(file):
             shutil.copyfile(file, target / file.name)

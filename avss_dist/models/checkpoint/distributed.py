@@ -344,7 +344,7 @@ _CLASSES: Mapping[tuple[str, str], type] = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Record,
     ("olmo_core.distributed.checkpoint.filesystem", "_StorageInfo"): _Record,
     ("torch.serialization", "_get_layout"): _Record,
-    ("builtins", "getattr"): _Record,  # Python 3.11.0 to 3.11.3 wrote members of enumerations by it.
+    ("builtins", "getattr"): _Record,  # Early versions of Python 3.11 write members of enumerations by it.
     ("pathlib", "PosixPath"): _Record,
     ("pathlib", "WindowsPath"): _Record,
     ("pathlib._local", "PosixPath"): _Record,  # Python 3.13

@@ -124,7 +124,9 @@ def slug(name: str) -> str:
     return f"{text[:SLUG_PREFIX]}-{digest[:SLUG_HASH]}"
 
 
-def resolve(spec: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint:
+def resolve(
+    spec: str, *, trust_remote_code: bool = False, weights: bool = True, unconverted: bool = False
+) -> Checkpoint:
     """Find a checkpoint's files and pin their content.
 
     Files of a hub id are downloaded: safetensors, config and tokenizer only.
@@ -133,13 +135,20 @@ def resolve(spec: str, *, trust_remote_code: bool = False, weights: bool = True)
         spec: ``org/name``, ``org/name@revision``, a folder, or a ``.gguf`` file.
         trust_remote_code: also fetch the Python files that a hub checkpoint ships.
         weights: download the weights of a hub id, too.
+        unconverted: take a folder, too, whose weights can be converted to safetensors and were not yet. Its revision is
+            the hash of those weights.
 
     Raises:
         ModelError: the checkpoint does not exist or cannot be opened; the message says what to do.
     """
-    local = locate(spec, trust_remote_code=trust_remote_code)
+    place = None
+    if unconverted:
+        place = _place_of_unconverted(Path(spec).expanduser())
+    local = locate(spec, trust_remote_code=trust_remote_code, weights=place is None)
     if local is None:
         return _resolve_on_hub(spec, trust_remote_code=trust_remote_code, weights=weights)
+    if place is not None:
+        return replace(local, revision=place.name)
     path = Path(local.path)
     if not path.is_dir():
         return replace(local, revision=content_hash(path.parent, [path]))
@@ -484,6 +493,16 @@ def conversion_place(folder: Path) -> Path | None:
     for file in files_beside(pieces).values():
         digest.update(content_hash(file.parent, [file]).encode())
     return cache_folder("converted", digest.hexdigest())
+
+
+def _place_of_unconverted(folder: Path) -> Path | None:
+    """Return the cache folder that a folder's weights will be converted to, or None if they need no conversion."""
+    if not folder.is_dir() or weight_files(folder):
+        return None
+    place = conversion_place(folder)
+    if place is None or place.is_dir():
+        return None
+    return place
 
 
 def _files_beside(folder: Path) -> list[Path]:

@@ -247,13 +247,17 @@ def resolve_on_node(checkpoint: Checkpoint, *, pickles: bool = False) -> Checkpo
     """Return the driver's checkpoint as this node has it. One from the hub is downloaded if necessary.
 
     Args:
-        pickles: allow the conversion of weights that the hub has as pickles.
+        pickles: allow the conversion of weights that are stored as pickles.
 
     Raises:
         ModelError: a folder or file that this node does not see, or a hub that it cannot reach.
     """
     if Path(checkpoint.path).exists():
         return checkpoint
+    if pickles and checkpoint.origin and Path(checkpoint.origin).is_dir():  # The cache is that of another node.
+        convert_pickles(checkpoint.origin, trust_remote_code=checkpoint.trust_remote_code)
+        converted = resolve(checkpoint.origin, trust_remote_code=checkpoint.trust_remote_code)
+        return replace(checkpoint, path=converted.path)
     if checkpoint.source != "hub":
         raise ModelError(
             f"The checkpoint '{checkpoint.path}' does not exist on the worker node {socket.gethostname()}.",
