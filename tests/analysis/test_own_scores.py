@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -20,6 +21,7 @@ from support.checkpoints import llama
 from support.command_line import succeed
 from support.pages import write_removals, write_run
 from support.rows import column, where
+from support.tiers import nightly
 from support.warehouses import activations, stats_of, write_measured, write_scores
 
 import avss_dist
@@ -60,10 +62,19 @@ def write_table(file: Path, values: Iterable[float]) -> Path:
     return file
 
 
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A warehouse of a run of four layers. Not to be changed."""
+    folder = tmp_path_factory.mktemp("template") / "w"
     x = activations(0)[:, :4]
-    write_measured(tmp_path / "w", "a-1", stats_of(x), 4)
+    write_measured(folder, "a-1", stats_of(x), 4)
+    return folder
+
+
+@pytest.fixture
+def root(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the warehouse, in a working folder with tables of scores."""
+    shutil.copytree(template, tmp_path / "w")
     (tmp_path / "scores.csv").write_text(CSV)
     table = pa.table({"layer": [3, 2, 1, 0], "mine": [2, 9, 1, 5]})
     pq.write_table(table, tmp_path / "scores.parquet")
@@ -136,8 +147,7 @@ def test_a_score_that_cannot_be_used_is_named(root: Path, by: object, says: str)
     ("command", "options"),
     [
         (avss_dist.show, {}),
-        (avss_dist.findings, {"truth": True}),
-        (avss_dist.report, {"output": "page.html"}),
+        *nightly((avss_dist.findings, {"truth": True}), (avss_dist.report, {"output": "page.html"})),
     ],
 )
 def test_a_score_of_another_model_is_refused_wherever_scores_are_read(

@@ -86,8 +86,8 @@ def test_after_scores_of_two_models(desk: Path) -> None:
     ("choice", "measure"),
     [
         (["plan", "--by", "loss", "--count", 2], "ablate"),
-        (["sparsify", 0.4], "score"),
         *nightly(
+            (["sparsify", 0.4], "score"),
             (["plan", "--by", "damage", "--count", 1], "ablate"),
             (["quantize", "--bits", 6], "ablate"),  # in formats that maps of 48 inputs can take
         ),
@@ -149,6 +149,7 @@ def test_without_progress_nothing_is_suggested(desk: Path) -> None:
     assert suggested("score", "model", "--corpus", "text.txt", *ROWS, "--quiet") == []
 
 
+@pytest.mark.nightly
 def test_the_newest_run_that_can_be_planned_for_is_taken(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
     """Of a run whose layers are measured, and a newer one of an encoder, which has no loss."""
     warehouse = tmp_path / "w"
@@ -170,6 +171,7 @@ def test_the_newest_run_that_can_be_planned_for_is_taken(tiny_llama: Path, tiny_
         plan(warehouse=warehouse, by="taylor")
 
 
+@pytest.mark.nightly
 def test_sparsity_is_planned_for_the_newest_run_of_a_model_that_measured_the_inputs(
     tiny_llama: Path, tmp_path: Path
 ) -> None:

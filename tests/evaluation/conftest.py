@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from support.checkpoints import llama, one_thread
 from support.families import lively
+from support.skeletons import shared_skeletons
 from support.texts import sentences
 
 
 @pytest.fixture(scope="module", autouse=True)
 def same_bytes() -> Iterator[None]:
-    """Have equal work give equal bytes."""
-    with one_thread():
+    """Have equal work give equal bytes, and build the empty models that plans are checked with once."""
+    with one_thread(), shared_skeletons():
         yield
 
 

@@ -24,7 +24,7 @@ from support.families import lively, tiny_model
 from support.json_files import write_json_lines
 from support.planning import prune
 from support.tables import table_rows
-from support.tiers import all_of, nightly
+from support.tiers import nightly
 from tasks.test_truthfulqa import QUESTIONS
 
 from avss_dist import evaluate
@@ -291,7 +291,8 @@ def pruned(model: Path, plan: Path, output: Path, repair: str, *more: Any) -> An
     )
 
 
-@pytest.mark.parametrize("repair", all_of(["channel", "map"], ["map"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("repair", ["channel", "map"])
 def test_a_row_is_what_the_pruned_checkpoint_gives(repair: str, done: Done, deep: Path, tmp_path: Path) -> None:
     """`avss prune --repair` gives the same loss to the bit, and the same bytes with the fit of the experiment."""
     job, rows = done

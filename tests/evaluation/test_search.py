@@ -15,6 +15,7 @@ from support.checkpoints import llama
 from support.command_line import as_words, avss, json_rows, mistake, succeed
 from support.experiments import cell_times
 from support.tables import evaluation_rows, run_rows
+from support.tiers import nightly
 
 from avss_dist import ablate
 from avss_dist.core.intervention import (
@@ -116,7 +117,7 @@ def test_a_search_measures_what_it_does_not_know(scored: Scored) -> None:
     assert not cell_times(scored[0]).items() >= before.items()
 
 
-@pytest.mark.parametrize("year", [2020, 2050])
+@pytest.mark.parametrize("year", [2050, *nightly(2020)])
 def test_a_fresh_search_goes_by_its_own_measurements_whatever_the_clock_says(
     year: int, scored: Scored, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -182,7 +182,7 @@ def test_more_neurons_than_fit_into_memory_are_compared_in_pieces() -> None:
 # What is written
 
 
-@pytest.mark.parametrize("family", all_of(FAMILIES, ("llama", "gpt2")))
+@pytest.mark.parametrize("family", all_of(FAMILIES, ["llama"]))
 def test_a_checkpoint_with_borrowed_neurons_is_the_masked_model_with_its_weights(
     family: str, tmp_path: Path, save_checkpoint: Save
 ) -> None:

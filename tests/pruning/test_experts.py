@@ -39,6 +39,7 @@ from avss_dist.pruning.repair.fits import features_of
 from avss_dist.pruning.repair.projection import OutputProjection
 from avss_dist.pruning.repair.registry import REPAIRS, read_repairs
 
+pytestmark = pytest.mark.usefixtures("equal_skeletons")
 Save = Callable[[Any, Path], Path]
 Planted = tuple[Path, Path]
 IDS = torch.arange(16).reshape(2, 8) + 3
@@ -589,6 +590,7 @@ def test_removed_layers_of_a_mixture_are_given_back(tmp_path: Path, save_checkpo
     assert second.changed
 
 
+@pytest.mark.nightly
 def test_a_repair_on_workers_is_stored_and_says_what_it_is_for(tmp_path: Path, save_checkpoint: Save) -> None:
     """The command writes the checkpoint that the function does, which is not evaluated on the text of the repair."""
     whole, folder = saved("mixtral", tmp_path / "whole", save_checkpoint)

@@ -52,6 +52,7 @@ from avss_dist.pruning.repair.registry import (
 )
 from avss_dist.pruning.repair.repair import Repair
 
+pytestmark = pytest.mark.usefixtures("equal_skeletons")
 Save = Callable[[Any, Path], Path]
 TEXT = "builtin:pydoc"
 READ = {"max_sequences": 60, "sequence_length": 48, "batch_size": 8, "device": "cpu"}

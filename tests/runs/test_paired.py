@@ -182,6 +182,7 @@ def test_a_result_that_is_sent_is_written_as_by_its_worker(measured: tuple[Shard
     assert_equal_stats(back.stats, plain.stats)
 
 
+@pytest.mark.nightly
 def test_a_resumed_run_and_a_streamed_one_are_the_same(tiny_llama: Path, source: str, tmp_path: Path) -> None:
     once = tmp_path / "once"
     again = tmp_path / "again"

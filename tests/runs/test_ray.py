@@ -71,6 +71,7 @@ def undisturbed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("shared_ray")
 def test_any_number_of_workers_gives_the_same_bytes(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = score(tiny_llama, tmp_path, executor="ray", replicas=2)
@@ -159,7 +160,7 @@ def test_a_stopped_driver_is_resumed(shared_ray: Cluster, tiny_llama: Path, undi
 @pytest.mark.usefixtures("shared_ray")
 def test_workers_write_and_say_little(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
     """A partial goes to the warehouse from where it is measured; the driver hears a receipt of it."""
-    spec = run_spec(tiny_llama, **TWENTY_SHARDS, executor="ray", replicas=1)
+    spec = run_spec(tiny_llama, **TWENTY_SHARDS, executor="ray", replicas=2)
     with closing(open_executor(spec.execution, spec.settings)) as executor:
         store = Store(tmp_path)
         store.storage.create()

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from benchmarks.warehouse import main
 from support.command_line import avss
+from support.tiers import nightly
 from support.warehouses import Terminal, activations, stats_of, write_measured, write_scores
 
 from avss_dist.analysis.findings import findings
@@ -147,7 +148,7 @@ def test_a_compacted_warehouse_is_read_from_its_parts_by_everybody(
     assert sums(many) == before
 
 
-@pytest.mark.parametrize("compactions", [0, 1, 2])
+@pytest.mark.parametrize("compactions", [0, 2, *nightly(1)])
 def test_runs_that_come_change_and_go_are_seen(
     compactions: int, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +222,7 @@ def changed(changed_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     return shutil.copytree(changed_template, tmp_path / "many")
 
 
+EVERY_THIRD = [0, *nightly(1, 2)]  # change of a file, from one of the first three on
 CHANGED = (48, 12, 45 + 10 + 90 + 98 + 12 - 15)
 
 
@@ -236,12 +238,15 @@ def run_ids(part: Path) -> list[str]:
     return list(pc.unique(pq.ParquetFile(part).read(["run_id"])["run_id"]).to_pylist())
 
 
-def test_compaction_that_is_killed_at_any_write_harms_nothing(changed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first", EVERY_THIRD)
+def test_compaction_that_is_killed_at_any_write_harms_nothing(
+    first: int, changed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At each write or deletion: readers see all runs, and the next compaction ends as if nothing had happened.
 
-    Takes over 5 seconds: it is the only proof that none of a compaction's steps can lose a row.
+    It is the only proof that none of a compaction's steps can lose a row.
     """
-    for last in count():
+    for last in count(first, 3):
 
         def kill(number: int, last: int = last) -> None:
             if number == last:
@@ -261,12 +266,15 @@ def test_compaction_that_is_killed_at_any_write_harms_nothing(changed: Path, mon
     assert last > 6
 
 
-def test_two_compactions_at_once_and_readers_during_both(changed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first", EVERY_THIRD)
+def test_two_compactions_at_once_and_readers_during_both(
+    first: int, changed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A second compaction runs from start to end before a change of the first, which then goes on; at each change.
 
-    Takes over 5 seconds: it is the only proof that no interleaving loses a row.
+    It is the only proof that no interleaving loses a row.
     """
-    for step in count():
+    for step in count(first, 3):
         root = shutil.copytree(changed, changed.with_name(f"both-{step}"))
         before = Warehouse(root)
 

@@ -352,13 +352,10 @@ def test_every_column_may_be_null_where_it_is_not_required(without_columns: Path
     "command",
     [
         "show",
-        "show -o x.svg",
         "findings --every",
-        "compare --by recipe",
-        "show --threshold 0.2",
-        "show --format csv",
         "report -o x.html",
         "plan --by avss -o plan.yaml",
+        *nightly("show -o x.svg", "compare --by recipe", "show --threshold 0.2", "show --format csv"),
     ],
 )
 def test_commands_show_the_columns_that_there_are(
@@ -400,7 +397,9 @@ def test_a_flipped_byte_leaves_its_run_out_of_a_query(table: str, root: Path) ->
         assert Warehouse(root).sql(query).equals(others), offset
 
 
-@pytest.mark.parametrize("table", sorted(TABLES.keys() - {*DAMAGED_TABLES}))
+@pytest.mark.parametrize(
+    "table", all_of(sorted(TABLES.keys() - {*DAMAGED_TABLES}), ["evaluations", "cells", "shard_stats"])
+)
 def test_a_flipped_byte_of_any_table_leaves_its_run_or_evaluation_out(table: str, tmp_path: Path) -> None:
     write_every_table(tmp_path)
     first, second = ("e", "f") if table in EVALUATION_TABLES else ("a", "b")
