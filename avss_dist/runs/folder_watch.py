@@ -170,7 +170,7 @@ class FolderWatch:
                 continue
             self._missed.discard(path)
             folder = self._folders.setdefault(path, _Folder(specs))
-            folder.missing = missing_part(Path(path))
+            folder.missing = missing_part(Path(path), pickles=specs[0].settings.allow_pickle)
             files = folder.files
             try:
                 files = file_states(Path(path))
@@ -202,7 +202,7 @@ class FolderWatch:
     def _is_taken(self, path: str) -> bool:
         """Whether a folder was taken and not written again. The file system is asked for one file of weights."""
         for file in self._taken.get(path, ()):
-            if file.path.endswith(".safetensors"):
+            if file.path.endswith((".safetensors", ".distcp")):
                 return _is_unchanged(file)
         return False
 

@@ -318,9 +318,6 @@ class _Reader:
         for spec in watched:
             if spec.model.endswith(".gguf"):
                 self.document.problems.add((spec.line, "folders are watched, and no .gguf files"))
-            if spec.settings.allow_pickle:
-                problem = "a watch takes safetensors alone; leave out allow_pickle, and run this job after the training"
-                self.document.problems.add((spec.line, problem))
         if "experiment" in self.document.value:
             problem = (
                 "an experiment needs all of its models; leave it out while a training is watched, and run it after"

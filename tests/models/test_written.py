@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.written import safetensors_bytes, write_as_trainer, write_parts, write_weights
+from support.written import safetensors_bytes, write_as_trainer, write_parts, write_pieces, write_weights
 
 from avss_dist.models.checkpoint.written import file_states, missing_part
 
@@ -65,6 +65,36 @@ def test_the_model_that_a_trainer_saves_at_the_end_has_no_state(tmp_path: Path) 
     folder = write_as_trainer(tmp_path / "final")
     (folder / "trainer_state.json").unlink()
     assert missing_part(folder) == ""
+
+
+def test_pieces_of_tensors_are_complete_with_their_list(tmp_path: Path) -> None:
+    assert missing_part(write_pieces(tmp_path / "checkpoint-10"), pickles=True) == ""
+
+
+def test_pieces_of_tensors_are_incomplete_without_their_list(tmp_path: Path) -> None:
+    folder = write_pieces(tmp_path / "checkpoint-10")
+    (folder / "pytorch_model_fsdp_0" / ".metadata").unlink()
+    missing = missing_part(folder, pickles=True)
+    assert missing == "no .metadata in pytorch_model_fsdp_0, which is written last"
+
+
+def test_pieces_of_tensors_need_a_configuration(tmp_path: Path) -> None:
+    folder = write_pieces(tmp_path / "run" / "checkpoint-10")
+    (tmp_path / "run" / "config.json").unlink()
+    assert missing_part(folder, pickles=True) == "no config.json, nor is one above"
+
+
+def test_pieces_of_tensors_are_no_weights_if_pickles_are_not_opened(tmp_path: Path) -> None:
+    missing = missing_part(write_pieces(tmp_path / "checkpoint-10"))
+    assert missing == "no weights (*.safetensors), and its pieces of tensors need allow_pickle"
+
+
+def test_a_piece_that_grows_has_another_state(tmp_path: Path) -> None:
+    folder = write_pieces(tmp_path / "checkpoint-10")
+    before = file_states(folder)
+    with (folder / "pytorch_model_fsdp_0" / "__1_0.distcp").open("ab") as file:
+        file.write(b"more")
+    assert file_states(folder) != before
 
 
 def test_a_folder_that_is_gone_lacks_all(tmp_path: Path) -> None:

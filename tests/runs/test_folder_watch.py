@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.planning import run_spec
-from support.written import safetensors_bytes, write_weights
+from support.written import safetensors_bytes, write_pieces, write_weights
 
 from avss_dist.core.errors import ConfigError, ModelError, StorageFull
 from avss_dist.core.watch_end import WatchEnd
@@ -102,6 +103,13 @@ def test_a_folder_is_not_taken_while_its_files_change(tmp_path: Path) -> None:
             time.sleep(SETTLE / 5)
         assert not arrival.done()
         assert taken(arrival.result()) == "step-1"
+
+
+def test_pieces_of_tensors_are_taken_once(tmp_path: Path) -> None:
+    write_pieces(tmp_path / "step-1")
+    spec = run_spec(tmp_path / "step-*")
+    spec = replace(spec, settings=replace(spec.settings, allow_pickle=True))
+    assert take_all(FolderWatch([spec], FEW, LOOK)) == ["step-1"]
 
 
 def test_a_folder_that_has_not_changed_is_taken_once(tmp_path: Path) -> None:

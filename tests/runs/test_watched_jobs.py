@@ -72,7 +72,6 @@ def test_a_job_with_an_experiment_cannot_be_watched(tmp_path: Path) -> None:
     ("models", "says"),
     [
         ("'/data/*.gguf'", "folders are watched, and no .gguf files"),
-        ("{model: '/data/step-*', allow_pickle: true}", "a watch takes safetensors alone"),
     ],
 )
 def test_what_is_not_watched_is_refused(models: str, says: str, tmp_path: Path) -> None:

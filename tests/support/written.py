@@ -42,3 +42,14 @@ def write_as_trainer(folder: Path) -> Path:
     (folder / "training_args.bin").write_bytes(b"arguments")
     write_json(folder / "trainer_state.json", {"global_step": 1})
     return folder
+
+
+def write_pieces(folder: Path) -> Path:
+    """Write a checkpoint as a training with FSDP does, whose configuration is above, and return its folder."""
+    pieces = folder / "pytorch_model_fsdp_0"
+    pieces.mkdir(parents=True, exist_ok=True)
+    write_json(folder.parent / "config.json", {"model_type": "llama"})
+    for rank in (0, 1):
+        (pieces / f"__{rank}_0.distcp").write_bytes(b"piece")
+    (pieces / ".metadata").write_bytes(b"list")
+    return folder

@@ -9,6 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from avss_dist.core.errors import ModelError
+from avss_dist.models.checkpoint.distributed import (
+    METADATA,
+    distributed_files,
+    distributed_folder,
+    files_beside,
+    is_written,
+)
 from avss_dist.models.checkpoint.locate import read_config
 from avss_dist.models.checkpoint.safetensors import tensors_of
 from avss_dist.models.checkpoint.weight_files import INDEX, weight_files
@@ -22,17 +29,24 @@ _PART = re.compile(r".+-\d+-of-\d+\.safetensors")
 """Name of a file with a part of the weights. The index is written after all parts."""
 
 
-def missing_part(folder: Path) -> str:
+def missing_part(folder: Path, *, pickles: bool = False) -> str:
     """Return what a folder lacks to be a complete checkpoint, such as ``no config.json``, or an empty text.
 
     The header of a safetensors file tells its size, so that one that is being written or copied is told from a whole
-    one.
+    one. The list of a distributed checkpoint is written after all of its pieces.
+
+    Args:
+        pickles: a distributed checkpoint may be opened, whose list is a pickle.
     """
-    if not (folder / "config.json").is_file():
-        return "no config.json"
     try:
-        read_config(folder, folder.name)
-        problem = _missing_weights(folder)
+        pieces = _pieces_alone(folder)
+        if pieces is not None:
+            problem = _missing_pieces(pieces, pickles=pickles)
+        elif (folder / "config.json").is_file():
+            read_config(folder, folder.name)
+            problem = _missing_weights(folder)
+        else:
+            return "no config.json"
     except ModelError as error:
         return error.message.removeprefix(f"{folder}/").removesuffix(".")
     except OSError as error:
@@ -41,6 +55,34 @@ def missing_part(folder: Path) -> str:
         return problem
     if _lacks_trainer_state(folder):
         return f"no complete {TRAINER_STATE}, which the Trainer writes last"
+    return ""
+
+
+def _pieces_alone(folder: Path) -> Path | None:
+    """Return the folder of a distributed checkpoint in a folder without safetensors, or None.
+
+    Raises:
+        ModelError: the index of safetensors cannot be read.
+    """
+    if weight_files(folder):
+        return None
+    return distributed_folder(folder)
+
+
+def _missing_pieces(pieces: Path, *, pickles: bool) -> str:
+    """Return what a distributed checkpoint lacks, or an empty text.
+
+    Raises:
+        ModelError: its configuration cannot be read.
+    """
+    if not is_written(pieces):
+        return f"no {METADATA} in {pieces.name}, which is written last"
+    config = files_beside(pieces).get("config.json")
+    if config is None:
+        return "no config.json, nor is one above"
+    read_config(config.parent, pieces.name)
+    if not pickles:
+        return "no weights (*.safetensors), and its pieces of tensors need allow_pickle"
     return ""
 
 
@@ -97,13 +139,16 @@ class FileState:
 
 
 def file_states(folder: Path) -> tuple[FileState, ...]:
-    """Return the states of the files in a folder, by name.
+    """Return the states of the files in a folder, and of the pieces of tensors in one inside of it, by path.
 
     Raises:
         OSError: the folder or a file is gone, or cannot be read.
     """
     with os.scandir(folder) as entries:
         files = [entry.path for entry in entries if entry.is_file()]
+    pieces = distributed_folder(folder)
+    if pieces is not None and pieces != folder:
+        files += [str(file) for file in distributed_files(pieces) if file.is_file()]
     return tuple(file_state(file) for file in sorted(files))
 
 
