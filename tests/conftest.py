@@ -153,17 +153,18 @@ def two_ranks(warm_server: None, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(warm_workers: None) -> Iterator[Cluster]:
-    """A Ray cluster of three nodes of one CPU, for all tests."""
-    from support.ray_cluster import Cluster
+def ray_cluster(warm_workers: None, request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """A Ray cluster of nodes of one CPU, for all tests: two nodes are enough for the default tier, and else three."""
+    from support.ray_cluster import NODES, Cluster
 
-    with Cluster() as cluster:
+    is_default = not request.config.getoption("--nightly") and not names_tests(request.config)
+    with Cluster(2 if is_default else NODES) as cluster:
         yield cluster
 
 
 @pytest.fixture
 def shared_ray(ray_cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster with its three nodes, to which this process is connected during the test."""
+    """The cluster with all of its nodes, to which this process is connected during the test."""
     import ray
 
     ray_cluster.restore()

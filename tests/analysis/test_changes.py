@@ -266,7 +266,7 @@ def test_few_shards_have_a_note_about_the_smallest_p(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "series"),
-    [("MAX_SHARDS", ["org/a@step*"]), ("MAX_SHARDS_OF_SEVERAL", ["org/a@step*", "org/b@step*"])],
+    [("MAX_SHARDS", ["org/a@step*"]), *nightly(("MAX_SHARDS_OF_SEVERAL", ["org/a@step*", "org/b@step*"]))],
     ids=["one-training", "several-trainings"],
 )
 def test_nothing_is_claimed_where_there_is_too_much_to_read(

@@ -14,7 +14,7 @@ import pytest
 from support.command_line import avss, succeed
 from support.oracle import Float64
 from support.rows import column, where
-from support.tiers import nightly
+from support.tiers import all_of, nightly
 from support.warehouses import GRID, activations, stats_of, write_measured
 
 from avss_dist.analysis.thresholds import SCORES, quantiles, quantiles_of, scores_at
@@ -75,7 +75,7 @@ def root_mean_square(layer: Float64) -> float:
 
 
 @pytest.mark.parametrize("kind", ["absolute", "rms"])
-@pytest.mark.parametrize("value", [*GRID, 0.01, 0.1])
+@pytest.mark.parametrize("value", all_of([*GRID, 0.01, 0.1], [1e-5, 0.1]))
 def test_a_stored_threshold_gives_the_stored_scores_to_the_bit(warehouse: Warehouse, value: float, kind: str) -> None:
     stored = warehouse.scores(run_id="tiny-1", threshold=value, threshold_kind=kind)
     if stored.num_rows:

@@ -33,7 +33,7 @@ from avss_dist.tasks.text_loss import LeaveOneOut, TextLoss
 
 ModelOf = Callable[[str], LanguageModel]
 CACHED = ("llama", "gemma3_text", "gemma3", "qwen3", "qwen2", "gpt2", "opt", "mixtral", "qwen3_moe", "mamba", "lfm2")
-OF_EACH_KIND = ("llama", "gemma3", "mamba")  # of cache: whole, windows, and states
+OF_EACH_KIND = ("gemma3", "mamba")  # of cache: windows beside a whole one, and states
 UNCACHED = ("gemma3n_text", "jamba")  # families whose layers depend on their place
 REMOVED: tuple[tuple[Removal, ...], ...] = ((0,), (1,), (0, 2), (1, Sublayer(2, "attention")))
 NEW_TOKENS = 20  # more than a sliding window

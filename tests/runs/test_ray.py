@@ -1,6 +1,6 @@
 """A real Ray cluster on this machine: the same bytes as in one process, whatever dies on the way.
 
-Tests of the default tier take 5 to 10 seconds each where workers start anew; the first one waits 15 to 30 seconds for
+Tests of the default tier take 5 to 10 seconds each where workers start anew; the first one waits 10 to 20 seconds for
 the cluster. `test_pool` has the same faults on a simulated cluster, and `test_gangs` has partitions without Ray.
 """
 
