@@ -19,6 +19,7 @@ from rich.console import Console
 from scipy import stats
 from support.command_line import avss, succeed
 from support.rows import column, mapping
+from support.tiers import nightly
 from support.warehouses import (
     PUBLISHED,
     Terminal,
@@ -170,9 +171,11 @@ def test_families_under_the_same_conditions(root: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "text"),
     [
-        ({"dtype": "bfloat16"}, r"dtype \(bfloat16, float32\)"),
-        ({"sequence_length": 16}, r"sequence_length \(16, 8\)"),
-        ({"skip_first_tokens": 1}, r"skip_first_tokens \(0, 1\)"),
+        *nightly(
+            ({"dtype": "bfloat16"}, r"dtype \(bfloat16, float32\)"),
+            ({"sequence_length": 16}, r"sequence_length \(16, 8\)"),
+            ({"skip_first_tokens": 1}, r"skip_first_tokens \(0, 1\)"),
+        ),
         ({"layout": "padded"}, r"layout \(packed, padded\)"),
         ({"corpus": "b.txt", "dtype": "bfloat16"}, r"corpus \(b.txt, text.txt\); dtype \(bfloat16, float32\)"),
     ],

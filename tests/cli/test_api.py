@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from support.command_line import commands, json_rows, succeed
+from support.tiers import nightly
 from support.warehouses import activations, stats_of, write_measured
 
 import avss_dist as avss
@@ -195,12 +196,14 @@ def test_runs_and_thresholds_have_names(root: str) -> None:
 @pytest.mark.parametrize(
     ("command", "keywords"),
     [
-        ("ls", {}),
-        ("show", {"run": "alpha", "threshold": "0.1rms"}),
         ("show", {"run": "alpha", "quantiles": True}),
         ("compare", {"by": "recipe"}),
         ("query", {"sql": "SELECT run_id, layer, rank FROM published"}),
-        ("query", {"schema": True}),
+        *nightly(
+            ("ls", {}),
+            ("show", {"run": "alpha", "threshold": "0.1rms"}),
+            ("query", {"schema": True}),
+        ),
     ],
 )
 def test_a_function_returns_what_the_command_prints(root: str, command: str, keywords: dict[str, Any]) -> None:
