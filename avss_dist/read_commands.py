@@ -218,8 +218,8 @@ def compare(
     """Compare the layer rankings of runs, by default of all finished ones, by pairs or ``along`` an axis.
 
     Curves of trainings have `changes`, the layers that changed beyond the choice of text, or the reason why nothing is
-    claimed, ``no_claim``. A picture is saved to ``output``. All pairs are listed if there are at most ``max_listed``,
-    by default `comparison.MAX_PAIRS`.
+    claimed, ``no_claim``. ``seeds`` joins trainings that differ in the seed alone. A picture is saved to ``output``.
+    All pairs are listed if there are at most ``max_listed``, by default `comparison.MAX_PAIRS`.
     """
     from avss_dist.analysis import comparison as comparing
     from avss_dist.analysis.curves import AXIS_TITLES, curves_chart, ranking_curves
@@ -239,7 +239,7 @@ def compare(
         if request.output is not None:
             from avss_dist.reports.chart import save_chart  # altair takes a second to import
 
-            save_chart(curves_chart(curves.curves), Path(request.output), f"Ranks along {AXIS_TITLES[request.along]}")
+            save_chart(curves_chart(curves), Path(request.output), f"Ranks along {AXIS_TITLES[request.along]}")
         return curves
     comparison = comparing.compare(
         opened,

@@ -6,7 +6,7 @@ same rows in all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,26 +136,90 @@ class Reading:
         return ("block", "update")
 
 
-def series_changes(warehouse: Warehouse, runs: Sequence[TableRow], reading: Reading) -> SeriesChanges:
-    """Test which layers changed between neighbouring checkpoints of a training beyond the choice of text.
+class ShardScores:
+    """Scores of runs, computed from their shards. The shards of a run are read once for one division of the text.
 
     Args:
         warehouse: warehouse of the runs.
-        runs: rows of ``runs`` of the checkpoints, extended by `comparison.with_conditions`, in the order of training.
         reading: the score.
+    """
+
+    def __init__(self, warehouse: Warehouse, reading: Reading) -> None:
+        self.warehouse = warehouse
+        self.reading = reading
+        self._scores: dict[tuple[str, bytes], dict[int, Float64]] = {}
+
+    def of_run(self, run: TableRow, block_of_shard: Int64) -> dict[int, Float64]:
+        """Return the score of each layer, of AVSS its logarithm, for each row of `_weights`: float64[weights].
+
+        Args:
+            block_of_shard: block of each shard, int64[shards]. Blocks are left out and resampled.
+
+        Raises:
+            QueryError: shards are missing, or the run lacks the site or the recipe.
+        """
+        key = (run["run_id"], block_of_shard.tobytes())
+        if key not in self._scores:
+            weights = _weights(int(block_of_shard[-1]) + 1)[:, block_of_shard]
+            self._scores[key] = _scores_of_run(self.warehouse, run, self.reading, weights)
+        return self._scores[key]
+
+
+def _weights(blocks: int) -> Float64:
+    """Return the weights of blocks: of all text, without each block, and of resamples. float64[weights, blocks]."""
+    return np.vstack([np.ones((1, blocks)), left_out_weights(blocks), bootstrap_weights(blocks)])
+
+
+def series_changes(scores: ShardScores, runs: Sequence[TableRow]) -> SeriesChanges:
+    """Test which layers changed between neighbouring checkpoints of a training beyond the choice of text.
+
+    Args:
+        scores: scores of the runs.
+        runs: rows of ``runs`` of the checkpoints, extended by `comparison.with_conditions`, in the order of training.
 
     Raises:
         QueryError: nothing can be claimed. The message says why: the runs are not of one training, read different rows,
             or have too few shards.
     """
-    if is_own(reading.score):
-        raise QueryError("A score of your own has no shards, so that the noise of the text is not known.")
     require_series(runs)
-    _require_counted_alike(runs, reading)
-    unit_of_shard = _common_units(warehouse, runs)
+    return _tested(paired_scores(scores, runs, change_stats.change_values))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairedScores:
+    """Scores of runs on parts of the text that are the same in all of them, with the pseudo-values of a test.
+
+    Attributes:
+        weighted: scores of the layers that have one in all runs.
+        pseudo: pseudo-values of what is tested, float64[units, ...].
+        notes: sentences about the units.
+    """
+
+    weighted: WeightedScores
+    pseudo: Float64
+    notes: tuple[str, ...]
+
+
+def paired_scores(
+    scores: ShardScores, runs: Sequence[TableRow], values: Callable[[Float64, Float64], Float64]
+) -> PairedScores:
+    """Return the scores of runs on units of the text that are about independent.
+
+    Args:
+        runs: rows of ``runs``, extended by `comparison.with_conditions`.
+        values: returns the pseudo-values of a test, float64[units, ...], for theta and the values without each unit.
+
+    Raises:
+        QueryError: the runs read different rows, or have too few shards.
+    """
+    if is_own(scores.reading.score):
+        raise QueryError("A score of your own has no shards, so that the noise of the text is not known.")
+    require_same_rows(runs)
+    _require_counted_alike(runs, scores.reading)
+    unit_of_shard = _common_units(scores.warehouse, runs)
     units = int(unit_of_shard[0][-1]) + 1
-    weighted = _weighted_scores(warehouse, runs, reading, unit_of_shard, change_stats.block_of_units(units, 1))
-    pseudo = change_stats.change_values(weighted.theta, weighted.left_out)
+    weighted = _weighted_scores(scores, runs, unit_of_shard, change_stats.block_of_units(units, 1))
+    pseudo = values(weighted.theta, weighted.left_out)
     size = change_stats.independent_block_size(pseudo)
     if size is None:
         raise QueryError(
@@ -168,18 +232,18 @@ def series_changes(warehouse: Warehouse, runs: Sequence[TableRow], reading: Read
         notes.append(f"The runs divide the text differently: shards were merged to {count_of(units, 'part')}.")
     computed_otherwise = differing(runs, COMPUTATION)
     if computed_otherwise:
-        values = _values_of(runs, computed_otherwise)
-        notes.append(f"The runs differ in {values}: what this does to rounding counts as a change.")
+        values_of_runs = _values_of(runs, computed_otherwise)
+        notes.append(f"The runs differ in {values_of_runs}: what this does to rounding counts as a change.")
     if size > 1:
         block = change_stats.block_of_units(units, size)
-        weighted = _weighted_scores(warehouse, runs, reading, unit_of_shard, block)
-        pseudo = change_stats.change_values(weighted.theta, weighted.left_out)
+        weighted = _weighted_scores(scores, runs, unit_of_shard, block)
+        pseudo = values(weighted.theta, weighted.left_out)
         notes.append(f"Neighbouring shards are alike, so that these parts are blocks of {size} or more of them.")
-    return _tested(weighted, pseudo, notes)
+    return PairedScores(weighted=weighted, pseudo=pseudo, notes=tuple(notes))
 
 
 def require_series(runs: Sequence[TableRow]) -> None:
-    """Raise QueryError unless runs are of different steps of one training, and can have read the same rows.
+    """Raise QueryError unless runs are of different steps of one training.
 
     Args:
         runs: rows of ``runs``, extended by `comparison.with_conditions`.
@@ -188,6 +252,13 @@ def require_series(runs: Sequence[TableRow]) -> None:
     if len(trainings) > 1:
         raise QueryError(
             f"The runs are of {len(trainings)} trainings: {first_names(trainings, MOST_NAMED)}.",
+            "Choose the runs of one of them with `run`.",
+        )
+    seeds = sorted({run["seed"] for run in runs if run["seed"] is not None})
+    if len(seeds) > 1:
+        names = [str(seed) for seed in seeds]
+        raise QueryError(
+            f"The runs are of {len(seeds)} seeds, and in one series: {first_names(names, MOST_NAMED)}.",
             "Choose the runs of one of them with `run`.",
         )
     run_of_place: dict[object, str] = {}
@@ -200,6 +271,14 @@ def require_series(runs: Sequence[TableRow]) -> None:
                 "Choose one of them with `run`.",
             )
         run_of_place[place] = run["run_id"]
+
+
+def require_same_rows(runs: Sequence[TableRow]) -> None:
+    """Raise QueryError unless checkpoints have one shape, and can have read the same rows, in enough shards.
+
+    Args:
+        runs: rows of ``runs``, extended by `comparison.with_conditions`.
+    """
     shapes = differing(runs, SHAPE)
     if shapes:
         raise QueryError(f"The checkpoints have different shapes: {_values_of(runs, shapes)}.")
@@ -327,14 +406,14 @@ def _read_shards(warehouse: Warehouse, run: TableRow, sites: Sequence[str]) -> l
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _WeightedScores:
-    """Scores of the layers that have one at all points, also without each unit and of resamples.
+class WeightedScores:
+    """Scores of the layers that have one in all runs, also without each unit and of resamples.
 
     Attributes:
         layers: numbers of the layers.
-        theta: float64[points, layers].
-        left_out: float64[units, points, layers].
-        resamples: float64[resamples, points, layers].
+        theta: float64[runs, layers].
+        left_out: float64[units, runs, layers].
+        resamples: float64[resamples, runs, layers].
         excluded: numbers of the layers that lack a score.
     """
 
@@ -346,12 +425,11 @@ class _WeightedScores:
 
 
 def _weighted_scores(
-    warehouse: Warehouse,
+    scores: ShardScores,
     runs: Sequence[TableRow],
-    reading: Reading,
     unit_of_shard: Sequence[Int64],
     block_of_unit: Int64,
-) -> _WeightedScores:
+) -> WeightedScores:
     """Read the shards of all runs, one run after the other, and return their scores.
 
     Args:
@@ -362,13 +440,11 @@ def _weighted_scores(
         QueryError: shards are missing, or fewer than `MIN_VALUES` layers have a score at all points.
     """
     blocks = int(block_of_unit[-1]) + 1
-    whole = np.ones((1, blocks))
-    by_block = np.vstack([whole, left_out_weights(blocks), bootstrap_weights(blocks)])
-    scores = []
+    by_run = []
     for run, units in zip(runs, unit_of_shard, strict=True):
-        scores.append(_scores_of_run(warehouse, run, reading, by_block[:, block_of_unit[units]]))
-    layers = sorted(set.intersection(*(set(of_run) for of_run in scores)))
-    theta = np.array([[of_run[layer] for layer in layers] for of_run in scores])
+        by_run.append(scores.of_run(run, block_of_unit[units]))
+    layers = sorted(set.intersection(*(set(of_run) for of_run in by_run)))
+    theta = np.array([[of_run[layer] for layer in layers] for of_run in by_run])
     values = theta.transpose(2, 0, 1)
     has_score = np.isfinite(values).all(axis=(0, 1))
     chosen = [layer for layer, is_finite in zip(layers, has_score, strict=True) if is_finite]
@@ -378,12 +454,12 @@ def _weighted_scores(
             f"{MIN_VALUES} are needed."
         )
     values = values[:, :, has_score]
-    return _WeightedScores(
+    return WeightedScores(
         layers=tuple(chosen),
         theta=values[0],
         left_out=values[1 : 1 + blocks],
         resamples=values[1 + blocks :],
-        excluded=tuple(sorted(set().union(*scores) - set(chosen))),
+        excluded=tuple(sorted(set().union(*by_run) - set(chosen))),
     )
 
 
@@ -423,37 +499,44 @@ def _scores_of_run(warehouse: Warehouse, run: TableRow, reading: Reading, weight
     return dict(zip(layers, scores.T, strict=True))
 
 
-def _tested(weighted: _WeightedScores, pseudo: Float64, notes: Sequence[str]) -> SeriesChanges:
+def _tested(paired: PairedScores) -> SeriesChanges:
     """Return the changes of scores.
 
     Args:
-        pseudo: pseudo-values of the changes, float64[units, points - 1, layers].
-        notes: sentences about the units.
+        paired: scores with the pseudo-values of the changes, float64[units, points - 1, layers].
     """
-    units = len(pseudo)
-    p = change_stats.adjusted_p(pseudo)
+    weighted = paired.weighted
+    p = change_stats.adjusted_p(paired.pseudo)
     is_changed = p <= change_stats.LEVEL
-    is_skewed = is_changed & (np.abs(change_stats.skewness(pseudo)) > change_stats.SKEWED)
-    all_notes = list(notes)
-    if units <= change_stats.ALL_SIGNS:
-        smallest_p = change_stats.smallest_p(units)
-        all_notes.append(f"{count_of(units, 'part')} of the text give no p below 1/{1 / smallest_p:,.0f}.")
-    if is_skewed.any():
-        all_notes.append(
-            f"The shards of {count_of(int(is_skewed.sum()), 'change')} among {int(is_changed.sum())} are skewed "
-            f"(beyond {change_stats.SKEWED:g}): there p is a rough number."
-        )
-    if weighted.excluded:
-        all_notes.append(f"Layers without this score in a part of the text: {describe_layers(weighted.excluded)}.")
-    all_notes.append(CAVEAT)
     return SeriesChanges(
         layers=weighted.layers,
-        units=units,
+        units=len(paired.pseudo),
         change=change_stats.differences(weighted.theta),
         p=p,
         is_changed=is_changed,
         rank_moved=change_stats.moved_ranks(weighted.theta, weighted.left_out, is_changed),
         agreement=change_stats.neighbour_agreement(weighted.theta, weighted.left_out),
         lowest_as_last=change_stats.lowest_as_last(weighted.resamples),
-        notes=tuple(all_notes),
+        notes=(*paired.notes, *limits_of_test(paired, is_changed, "change"), CAVEAT),
     )
+
+
+def limits_of_test(paired: PairedScores, is_found: change_stats.Bools, noun: str) -> Iterator[str]:
+    """Yield sentences about the limits of a test.
+
+    Args:
+        is_found: findings, in the shape of the pseudo-values of a unit.
+        noun: noun for a finding.
+    """
+    units = len(paired.pseudo)
+    if units <= change_stats.ALL_SIGNS:
+        smallest_p = change_stats.smallest_p(units)
+        yield f"{count_of(units, 'part')} of the text give no p below 1/{1 / smallest_p:,.0f}."
+    is_skewed = is_found & (np.abs(change_stats.skewness(paired.pseudo)) > change_stats.SKEWED)
+    if is_skewed.any():
+        yield (
+            f"The shards of {count_of(int(is_skewed.sum()), noun)} among {int(is_found.sum()):,} are skewed "
+            f"(beyond {change_stats.SKEWED:g}): there p is a rough number."
+        )
+    if paired.weighted.excluded:
+        yield f"Layers without this score in a part of the text: {describe_layers(paired.weighted.excluded)}."

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from avss_dist.analysis.changes import Reading, SeriesChanges, series_changes
+from avss_dist.analysis.changes import Reading, SeriesChanges, ShardScores, series_changes
 from avss_dist.analysis.comparison import (
     CONDITIONS,
     Profile,
@@ -21,6 +19,7 @@ from avss_dist.analysis.comparison import (
     profiles,
     runs_with_conditions,
 )
+from avss_dist.analysis.curve import AXIS_TITLES, SCHEMA, Curve
 from avss_dist.analysis.rank_map import RankMap, map_axis
 from avss_dist.analysis.section import (
     ReportColumn,
@@ -30,14 +29,16 @@ from avss_dist.analysis.section import (
     interval,
     known_interval,
 )
+from avss_dist.analysis.seeds import SeedCurves, join_seeds, seed_differences
 from avss_dist.core.errors import QueryError, WarehouseError, require_known
 from avss_dist.core.results import TabularResult
-from avss_dist.core.text import basename, count_of, describe_count, printable
+from avss_dist.core.text import basename, count_of, describe_layers, printable
 from avss_dist.core.values import NewRow, TableRow
+from avss_dist.models.checkpoint.training import explain_no_step
 from avss_dist.read_requests import AXES
 from avss_dist.stats.catalog import FROM_ACTIVATIONS, is_own
-from avss_dist.stats.layer_stats import Float64
-from avss_dist.stats.rankings import MIN_VALUES, average_ranks, count_lowest, rank_lowest, spearman_rows
+from avss_dist.stats.changes import lowest_in_all, seed_pairs
+from avss_dist.stats.rankings import MIN_VALUES, spearman_rows
 from avss_dist.stats.scores import Threshold
 from avss_dist.warehouse.reader import Warehouse
 
@@ -53,156 +54,8 @@ SETTLED = 0.95  # share of resamples from which on the lowest layers are said to
 TRAINING = ("step", "tokens")
 """Axes whose curves are trainings."""
 
-SCHEMA = pa.schema(
-    [
-        ("along", pa.string()),
-        ("curve", pa.string()),
-        ("point", pa.string()),
-        ("value", pa.float64()),
-        ("run_id", pa.string()),
-        ("layer", pa.int64()),
-        ("depth", pa.float64()),
-        ("score", pa.float64()),
-        ("rank", pa.float64()),
-        ("is_lowest", pa.bool_()),
-        ("change", pa.float64()),
-        ("change_p", pa.float64()),
-        ("is_changed", pa.bool_()),
-        ("rank_moved", pa.bool_()),
-        ("spearman", pa.float64()),
-        ("spearman_low", pa.float64()),
-        ("spearman_high", pa.float64()),
-        ("lowest_as_last", pa.float64()),
-        ("no_claim", pa.string()),
-    ]
-)
-"""Columns of a layer at a point of a curve.
-
-``value`` is the place on the axis. ``rank`` is 1 for the lowest score, and the mean rank of tied ones.
-``is_lowest`` layers are among the lowest 25%.
-
-The others are of trainings, where changes can be tested, and else null: see `SeriesChanges`. ``change`` and the three
-columns after it compare the layer with the point before, ``spearman`` and its interval the point with the one before.
-``lowest_as_last`` is of the point. ``no_claim`` says why nothing is claimed about changes.
-"""
-
-
-AXIS_TITLES = {
-    "step": "training step",
-    "tokens": "tokens trained on",
-    "size": "parameters",
-    "sequence_length": "tokens in a row",
-}
 SAME = {"step": ("series",), "tokens": ("series",), "size": ("family",), "sequence_length": ("model", "revision")}
 """Columns of ``runs`` in which the runs of a curve are equal by axis, besides the conditions of a comparison."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Curve:
-    """Scores of layers at the points of an axis, under conditions that are the same but for the axis.
-
-    Models of different depth are compared at the relative depths of the one with the fewest layers.
-
-    Attributes:
-        along: name of the axis, of `AXES`.
-        name: what the runs have in common, such as the name of a training.
-        runs: row of ``runs`` of each point, in the order of the axis.
-        layers: numbers of the layers, of the model with the fewest.
-        depth: their relative depth, float64[layers].
-        values: the score, float64[points, layers].
-        changes: changes of a training that are beyond the choice of text; None if nothing is claimed about them.
-        no_claim: the reason why nothing is claimed; empty if it is, or if nobody asked for it.
-    """
-
-    along: str
-    name: str
-    runs: Sequence[TableRow]
-    layers: Sequence[int]
-    depth: Float64
-    values: Float64
-    changes: SeriesChanges | None = None
-    no_claim: str = ""
-
-    @property
-    def points(self) -> list[str]:
-        """Name of each point, such as ``1,000``."""
-        return [describe_count(run[AXES[self.along]]) for run in self.runs]
-
-    @cached_property
-    def ranks(self) -> Float64:
-        """Ranks of the layers at each point, float64[points, layers]: 1 for the lowest, tied ones get their mean."""
-        return average_ranks(self.values)
-
-    @property
-    def is_lowest(self) -> NDArray[np.bool_]:
-        """Whether each layer is among the lowest 25% at each point, bool[points, layers]."""
-        is_lowest: NDArray[np.bool_] = rank_lowest(self.values) <= count_lowest(len(self.depth))
-        return is_lowest
-
-    @property
-    def has_trend(self) -> bool:
-        """Whether there are enough points for a `trend`."""
-        return len(self.runs) >= MIN_TREND
-
-    @property
-    def trend(self) -> Float64:
-        """Spearman's rho of the rank of each layer with the axis, float64[layers].
-
-        NaN for fewer than `MIN_TREND` points.
-        """
-        if not self.has_trend:
-            return np.full(len(self.depth), np.nan)
-        ranks_of_layers = self.ranks.T
-        order = np.arange(float(len(self.runs)))
-        return spearman_rows(ranks_of_layers, np.broadcast_to(order, ranks_of_layers.shape))
-
-    def rows(self) -> Iterator[NewRow]:
-        """Yield a row of `SCHEMA` for each point and layer."""
-        depth = self.depth.tolist()
-        values = self.values.tolist()
-        ranks = self.ranks.tolist()
-        is_lowest = self.is_lowest.tolist()
-        for place, (run, point) in enumerate(zip(self.runs, self.points, strict=True)):
-            value_on_axis = float(run[AXES[self.along]])
-            of_changes = _change_columns(self.changes, place)
-            for column, layer in enumerate(self.layers):
-                yield {
-                    "along": self.along,
-                    "curve": self.name,
-                    "point": point,
-                    "value": value_on_axis,
-                    "run_id": run["run_id"],
-                    "layer": layer,
-                    "depth": depth[column],
-                    "score": values[place][column],
-                    "rank": ranks[place][column],
-                    "is_lowest": is_lowest[place][column],
-                    "no_claim": self.no_claim or None,
-                    **of_changes.get(layer, {}),
-                }
-
-
-def _change_columns(changes: SeriesChanges | None, place: int) -> dict[int, NewRow]:
-    """Return the columns of `SCHEMA` about changes of each layer at a point. Empty if nothing is claimed."""
-    if changes is None:
-        return {}
-    columns: dict[int, NewRow] = {}
-    for column, layer in enumerate(changes.layers):
-        columns[layer] = {"lowest_as_last": changes.lowest_as_last[place].item()}
-        if place == 0:
-            continue
-        before = place - 1
-        rho, low, high = changes.agreement[:, before].tolist()
-        columns[layer] |= {
-            "change": changes.change[before, column].item(),
-            "change_p": changes.p[before, column].item(),
-            "is_changed": bool(changes.is_changed[before, column]),
-            "rank_moved": bool(changes.rank_moved[before, column]),
-            "spearman": rho,
-            "spearman_low": low,
-            "spearman_high": high,
-        }
-    return columns
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -212,16 +65,24 @@ class RankingCurves(TabularResult):
     Attributes:
         curves: the curves, those with the most points first.
         left_out: the reason why a run is on no curve, by run id.
+        seeds: groups of curves that differ in the seed alone.
+        notes: sentences about curves that are in no such group, although their seeds are known.
     """
 
     curves: Sequence[Curve]
     left_out: Mapping[str, str]
+    seeds: Sequence[SeedCurves] = ()
+    notes: Sequence[str] = ()
 
     def table(self) -> pa.Table:
         """Return a table of `SCHEMA`, with a row for each point and layer of each curve."""
+        of_seeds: dict[tuple[str, int], NewRow] = {}
+        for group in self.seeds:
+            of_seeds |= group.columns()
         rows: list[NewRow] = []
         for curve in self.curves:
-            rows += curve.rows()
+            for row in curve.rows():
+                rows.append(row | of_seeds.get((row["run_id"], row["layer"]), {}))
         return pa.Table.from_pylist(rows, SCHEMA)
 
     def summary(self) -> str:
@@ -245,7 +106,7 @@ def ranking_curves(
 
     A curve consists of runs of one training (``step``, ``tokens``), of one family (``size``), or of one checkpoint. Of
     several runs at one place, the newest is taken. Of a training, the shards of its runs say which layers changed
-    beyond the choice of text.
+    beyond the choice of text, and of trainings that differ in the seed alone, which layers differ beyond it.
 
     Args:
         warehouse: warehouse of the runs.
@@ -277,11 +138,17 @@ def ranking_curves(
             f"No two runs are along {along}: {reasons}.",
             f"Score runs of the same {same} that differ in {along}{mismatch}. Axes: {', '.join(AXES)}.",
         )
+    if along not in TRAINING:
+        return RankingCurves(curves=curves, left_out=left_out)
     reading = Reading(site=site, recipe=recipe, threshold=threshold, score=score)
-    return RankingCurves(curves=with_changes(warehouse, curves, reading), left_out=left_out)
+    scores = ShardScores(warehouse, reading)
+    tested = with_changes(scores, curves)
+    groups, notes = join_seeds(tested, allow_mismatch=allow_mismatch)
+    seeds = _with_differences(scores, groups, tested)
+    return RankingCurves(curves=tested, left_out=left_out, seeds=seeds, notes=notes)
 
 
-def with_changes(warehouse: Warehouse, curves: Sequence[Curve], reading: Reading) -> list[Curve]:
+def with_changes(scores: ShardScores, curves: Sequence[Curve]) -> list[Curve]:
     """Return curves, those of trainings with their changes, or the reason why nothing is claimed about them."""
     trainings = [curve for curve in curves if curve.along in TRAINING]
     limit = MAX_SHARDS if len(trainings) == 1 else MAX_SHARDS_OF_SEVERAL
@@ -291,16 +158,60 @@ def with_changes(warehouse: Warehouse, curves: Sequence[Curve], reading: Reading
         if curve.along not in TRAINING:
             tested.append(curve)
             continue
-        of_curve = sum(run["num_shards"] or 0 for run in curve.runs)
+        of_curve = _count_shards(curve.runs)
         if num_shards + of_curve > limit:
             tested.append(replace(curve, no_claim=_describe_limit(of_curve, limit, len(trainings))))
             continue
         try:
-            tested.append(replace(curve, changes=series_changes(warehouse, curve.runs, reading)))
+            tested.append(replace(curve, changes=series_changes(scores, curve.runs)))
             num_shards += of_curve
         except (QueryError, WarehouseError) as error:
-            tested.append(replace(curve, no_claim=" ".join(filter(None, (error.message, error.hint)))))
+            tested.append(replace(curve, no_claim=_reason(error)))
     return tested
+
+
+def _with_differences(scores: ShardScores, groups: Sequence[SeedCurves], curves: Sequence[Curve]) -> list[SeedCurves]:
+    """Return groups of seeds with their differences, or the reason why nothing is claimed about them.
+
+    Args:
+        curves: all curves. The shards of those with changes have been read.
+    """
+    read: set[str] = set()
+    num_shards = 0
+    for curve in curves:
+        if curve.changes is not None:
+            read.update(run["run_id"] for run in curve.runs)
+            num_shards += _count_shards(curve.runs)
+    tested = []
+    for group in groups:
+        unread = [run for run in group.runs() if run["run_id"] not in read]
+        of_group = _count_shards(unread)
+        if num_shards + of_group > MAX_SHARDS_OF_SEVERAL:
+            shards = _count_shards(group.runs())
+            reason = (
+                f"The runs of its seeds have {shards:,} shards, and {MAX_SHARDS_OF_SEVERAL:,} are read where several "
+                "trainings are compared. Choose fewer seeds or steps with `run`."
+            )
+            tested.append(replace(group, no_claim=reason))
+            continue
+        try:
+            tested.append(replace(group, differences=seed_differences(scores, group)))
+            num_shards += of_group
+        except (QueryError, WarehouseError) as error:
+            tested.append(replace(group, no_claim=_reason(error)))
+    return tested
+
+
+def _count_shards(runs: Sequence[TableRow]) -> int:
+    """Return the number of shards of runs."""
+    return sum(run["num_shards"] or 0 for run in runs)
+
+
+def _reason(error: QueryError | WarehouseError) -> str:
+    """Return the reason why nothing is claimed, with what to do."""
+    if error.hint:
+        return f"{error.message} {error.hint}"
+    return error.message
 
 
 def _describe_limit(shards: int, limit: int, trainings: int) -> str:
@@ -327,12 +238,23 @@ def _reasons_left_out(
         if run_id in followed:
             continue
         if not _has_place(run, along):
-            reasons[run_id] = f"its {along} is not known"
+            reasons[run_id] = _why_no_place(run, along)
         elif run_id not in with_scores:
             reasons[run_id] = "it has no such scores"
         else:
             reasons[run_id] = f"no other run differs from it in {along} alone, or a newer one is at its place"
     return reasons
+
+
+def _why_no_place(run: TableRow, along: str) -> str:
+    """Return the reason why the place of a run on an axis is not known."""
+    reason = f"its {along} is not known"
+    if along in TRAINING:
+        name = run["revision_name"] or basename(str(run["model"]))
+        epoch = explain_no_step(name)
+        if epoch:
+            reason += f": {epoch}"
+    return reason
 
 
 def curves_of(scored: Sequence[Profile], along: str, *, allow_mismatch: bool = False) -> list[Curve]:
@@ -462,6 +384,108 @@ def curve_section(curve: Curve, name: str) -> Section:
     )
 
 
+_SEED_POINT_COLUMNS = (
+    ReportColumn("mean Spearman of two seeds", "agreement", _COEFFICIENT),
+    ReportColumn("differ", "differ", number=False, priority=1, wraps=True),
+    ReportColumn("lowest 25% of all", "lowest", number=False, priority=1, wraps=True),
+)
+_SEED_LAYER_COLUMNS = (
+    ReportColumn("layer", "layer"),
+    ReportColumn("depth", "depth", "{:z.2f}".format, priority=4),
+    ReportColumn("first", "first", "{:.1f}".format, group="mean rank"),
+    ReportColumn("last", "last", "{:.1f}".format, group="mean rank"),
+    ReportColumn("first", "first_spread", "{:.1f}".format, group="spread", priority=2),
+    ReportColumn("last", "last_spread", "{:.1f}".format, group="spread"),
+    ReportColumn("among the lowest", "share_lowest", "{:z.0%}".format, priority=1),
+)
+
+
+def seed_section(seeds: SeedCurves, name: str) -> Section:
+    """Return the section of a group of seeds: what they share, a heat map of mean ranks, tables of points and layers.
+
+    Args:
+        name: base name of its files.
+    """
+    axis = AXIS_TITLES[seeds.along]
+    charts = []
+    if len(seeds.places) >= MIN_POINTS:
+        charts.append(_mean_map(seeds).chart(name, f"Mean ranks along {axis}"))
+    points = ReportTable(
+        name=f"{name}-points",
+        title="Points",
+        columns=[ReportColumn(axis, "point"), *_SEED_POINT_COLUMNS],
+        rows=_seed_point_rows(seeds),
+        caption="Differ: layers in which two seeds differ beyond the choice of text.",
+    )
+    layers = ReportTable(
+        name=name,
+        title="Layers",
+        columns=_SEED_LAYER_COLUMNS,
+        rows=_seed_layer_rows(seeds),
+        caption="Rank 1 is the lowest score. Spread: standard deviation of the rank over seeds. Among the lowest: the "
+        "share of seeds in which the layer is in the lowest 25% at the last point.",
+    )
+    numbers = ", ".join(str(seed) for seed in seeds.seeds)
+    return Section(
+        label=f"{seeds.name} along {axis}, seeds {numbers}",
+        sentences=seeds.sentences(),
+        charts=charts,
+        tables=[points, layers],
+    )
+
+
+def _seed_point_rows(seeds: SeedCurves) -> list[ReportRow]:
+    """Return the rows of the table of points of a group of seeds."""
+    first, second = seed_pairs(len(seeds.curves))
+    in_all = lowest_in_all(seeds.values)
+    rows = []
+    for place, point in enumerate(seeds.points):
+        at_point = seeds.values[:, place]
+        row: NewRow = {
+            "point": point,
+            "agreement": float(spearman_rows(at_point[first], at_point[second]).mean()),
+            "differ": None,
+            "lowest": describe_layers([seeds.layers[column] for column in np.flatnonzero(in_all[place]).tolist()]),
+        }
+        if seeds.differences is not None:
+            differs = np.flatnonzero(seeds.differences.differs[:, place].any(axis=0)).tolist()
+            row["differ"] = describe_layers([seeds.differences.layers[column] for column in differs])
+        rows.append(ReportRow(row))
+    return rows
+
+
+def _seed_layer_rows(seeds: SeedCurves) -> list[ReportRow]:
+    """Return the rows of the table of layers of a group of seeds."""
+    mean_rank = seeds.mean_rank
+    spread = seeds.rank_spread
+    share_lowest = seeds.share_lowest
+    rows = []
+    for column, layer in enumerate(seeds.layers):
+        row = {
+            "layer": layer,
+            "depth": seeds.curves[0].depth[column].item(),
+            "first": mean_rank[0, column].item(),
+            "last": mean_rank[-1, column].item(),
+            "first_spread": spread[0, column].item(),
+            "last_spread": spread[-1, column].item(),
+            "share_lowest": share_lowest[-1, column].item(),
+        }
+        rows.append(ReportRow(row))
+    return rows
+
+
+def _mean_map(seeds: SeedCurves) -> RankMap:
+    """Return the map of the mean ranks of a group of seeds."""
+    return RankMap(
+        axis=map_axis(AXIS_TITLES[seeds.along], [float(place) for place in seeds.places]),
+        points=seeds.points,
+        run_ids=[f"mean of {len(seeds.curves)} seeds"] * len(seeds.places),
+        layers=seeds.layers,
+        ranks=seeds.mean_rank,
+        changes=None,
+    )
+
+
 def _sentences(curve: Curve, lowest: Sequence[str]) -> list[str]:
     """Return from where on the lowest layers are those of the last point, and which changes are real, in sentences.
 
@@ -565,9 +589,8 @@ def _layer_rows(curve: Curve) -> list[ReportRow]:
 
 def _rank_map(curve: Curve) -> RankMap:
     """Return the map of the ranks of a curve."""
-    axis = AXES[curve.along]
     return RankMap(
-        axis=map_axis(AXIS_TITLES[curve.along], [float(run[axis]) for run in curve.runs]),
+        axis=map_axis(AXIS_TITLES[curve.along], [float(place) for place in curve.places]),
         points=curve.points,
         run_ids=[run["run_id"] for run in curve.runs],
         layers=curve.layers,
@@ -576,15 +599,16 @@ def _rank_map(curve: Curve) -> RankMap:
     )
 
 
-def curves_chart(curves: Sequence[Curve]) -> ChartType:
-    """Return the heat maps of up to `MAX_DRAWN` curves, one above the other."""
+def curves_chart(curves: RankingCurves) -> ChartType:
+    """Return up to `MAX_DRAWN` heat maps, one above the other: of means over seeds, then of curves."""
     import altair as alt
 
+    sections = [seed_section(seeds, f"seeds-{number}") for number, seeds in enumerate(curves.seeds, start=1)]
+    sections += [curve_section(curve, f"curve-{number}") for number, curve in enumerate(curves.curves, start=1)]
     charts = []
-    for number, curve in enumerate(curves[:MAX_DRAWN], start=1):
-        section = curve_section(curve, f"curve-{number}")
-        (chart,) = section.charts
-        title = alt.TitleParams(section.label, subtitle=list(section.sentences), anchor="start")
-        data = alt.InlineData(values=list(chart.rows))
-        charts.append(chart.draw().properties(width=560, title=title, data=data))
+    for section in sections[:MAX_DRAWN]:
+        for chart in section.charts:
+            title = alt.TitleParams(section.label, subtitle=list(section.sentences), anchor="start")
+            data = alt.InlineData(values=list(chart.rows))
+            charts.append(chart.draw().properties(width=560, title=title, data=data))
     return alt.vconcat(*charts).properties(padding=12)

@@ -237,13 +237,15 @@ def compare(request: CompareRequest, format: str) -> None:
 
 def _describe_curves(result: RankingCurves) -> Iterator[RenderableType]:
     """Yield the tables and sentences of curves."""
-    from avss_dist.analysis.curves import curve_section
+    from avss_dist.analysis.curves import curve_section, seed_section
     from avss_dist.reports.terminal.tables import rendered
 
-    for curve in result.curves:
-        section = curve_section(curve, "curve")
+    sections = [curve_section(curve, "curve") for curve in result.curves]
+    sections += [seed_section(seeds, "seeds") for seeds in result.seeds]
+    for section in sections:
         sentences = [spelled(sentence) for sentence in section.sentences]
         yield rendered(replace(section, sentences=sentences))
+    yield from (spelled(note) for note in result.notes)
 
 
 def _describe_picture(result: RankingComparison | RankingCurves, request: CompareRequest) -> Iterator[str]:

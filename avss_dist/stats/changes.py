@@ -1,4 +1,6 @@
-"""Changes of layer scores between neighbouring checkpoints of a training, beyond the choice of text. Pure numpy.
+"""Changes of layer scores between neighbouring checkpoints, and differences of seeds, beyond the choice of text.
+
+Pure numpy.
 
 All checkpoints read the same rows, so their shards are paired: a shard that is left out is left out of all of them, and
 what a row does to every checkpoint alike cancels. A *unit* is a shard, or a block of neighbouring shards.
@@ -312,3 +314,45 @@ def lowest_as_last(resamples: Float64) -> Float64:
     stays = np.logical_and.accumulate(is_as_last[:, ::-1], axis=1)[:, ::-1]
     share: Float64 = stays.mean(axis=0)
     return share
+
+
+def seed_pairs(seeds: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the first and the second place of every two seeds, int64[pairs] each: 0 and 1, 0 and 2, 1 and 2."""
+    return np.triu_indices(seeds, 1)
+
+
+def seed_differences(theta: Float64) -> Float64:
+    """Return the differences of centered scores between every two seeds at a point: z[b, t, l] - z[a, t, l].
+
+    Args:
+        theta: float64[..., seeds, points, layers].
+
+    Returns:
+        float64[..., pairs, points, layers], in the order of `seed_pairs`.
+    """
+    z = centered(theta)
+    first, second = seed_pairs(theta.shape[-3])
+    return z[..., second, :, :] - z[..., first, :, :]
+
+
+def seed_values(theta: Float64, left_out: Float64) -> Float64:
+    """Return the pseudo-values of `seed_differences`.
+
+    Args:
+        theta: float64[seeds, points, layers].
+        left_out: theta without each unit, the same unit in all seeds, float64[units, seeds, points, layers].
+
+    Returns:
+        float64[units, pairs, points, layers].
+    """
+    return pseudo_values(seed_differences(theta), seed_differences(left_out), np.abs(theta).max(initial=0.0))
+
+
+def lowest_in_all(theta: Float64) -> Bools:
+    """Return which layers are among the lowest 25% of every seed, bool[..., points, layers].
+
+    Args:
+        theta: float64[..., seeds, points, layers].
+    """
+    is_lowest = rank_lowest(theta) <= count_lowest(theta.shape[-1])
+    return np.logical_and.reduce(is_lowest, axis=-3)

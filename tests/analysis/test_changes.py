@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ import pytest
 import vl_convert
 from support.command_line import avss
 from support.tiers import nightly
+from support.trainings import CHANGED, LAYERS, SCALES, shards_of
 from support.warehouses import PUBLISHED, Stats, stats_of, write_measured
 
 import avss_dist
 from avss_dist.analysis import curves
-from avss_dist.analysis.changes import Reading, SeriesChanges, series_changes
+from avss_dist.analysis.changes import Reading, SeriesChanges, ShardScores, series_changes
 from avss_dist.analysis.comparison import runs_with_conditions
 from avss_dist.analysis.curves import Curve, RankingCurves, curve_section
 from avss_dist.analysis.rank_map import RANK
@@ -27,20 +27,8 @@ from avss_dist.reports.page.charts import section_chart
 from avss_dist.stats.layer_stats import merge_stats
 from avss_dist.warehouse.reader import Warehouse
 
-LAYERS = 5
-SCALES = (1.0, 2.0, 4.0, 8.0, 16.0)
-CHANGED = (1.0, 7.0, 4.0, 8.0, 16.0)  # layer 1 passes layer 2
 AVSS = Reading(site="block", recipe="pooled", threshold=PUBLISHED, score="avss")
 SERIES: dict[str, Any] = {"series": "org/a@step*", "model": "org/a", "tokens_fingerprint": "tokens"}
-
-
-@cache
-def shards_of(step: int, scales: tuple[float, ...], shards: int = 16) -> list[Stats]:
-    """Statistics of shards of two rows, whose noise differs between steps, layers and shards."""
-    random = np.random.default_rng(step // 100)
-    shape = (shards, LAYERS, 2, 2, 16)
-    x = random.normal(size=shape) * np.array(scales)[:, None, None, None]
-    return stats_of(np.where(random.random(shape) < 0.1, 1e-7, x).astype(np.float32).astype(np.float64))
 
 
 def write_step(root: Path, step: int, shards: Sequence[Stats], **columns: Any) -> None:
@@ -62,7 +50,7 @@ def changes_of(root: Path, reading: Reading = AVSS) -> SeriesChanges:
     warehouse = Warehouse(root)
     runs = runs_with_conditions(warehouse, warehouse.runs()["run_id"].to_pylist())
     runs.sort(key=lambda run: run["training_step"])
-    return series_changes(warehouse, runs, reading)
+    return series_changes(ShardScores(warehouse, reading), runs)
 
 
 def curve_of(root: Path, **options: Any) -> Curve:

@@ -1,6 +1,9 @@
-"""Changes between checkpoints of simulated trainings: how often one is found where none is, and where one is planted.
+"""Changes between checkpoints of simulated trainings, and differences between their seeds.
 
-    python tests/benchmarks/changes.py [--series 200] [--units 8 12 16 32 64] [--points 6] [--layers 12]
+How often one is found where none is, and where one is planted.
+
+    python tests/benchmarks/changes.py [changes seeds] [--series 200] [--units 8 12 16 32 64] [--points 6]
+        [--layers 12] [--seeds 3]
 
 A unit (shard) s of the text has at point t and layer l the score mu_l + a_{s,l} + e_{t,s,l}, and all of it the mean
 over units. The text's own part a has a standard deviation of 2, the noise e one of 1, and is drawn anew at each point:
@@ -12,6 +15,9 @@ over units. The text's own part a has a standard deviation of 2, the noise e one
 
 A planted change moves one layer from one point on. Its size is in standard errors of a change, sqrt(2 / units). The
 distance of two layers that exchange places is in those of the difference of two layers at a point, sqrt(10 / units).
+
+Seeds have the same text, and noise of their own at each point. A planted difference is that of one layer of the last
+seed at one point. Its size is in standard errors of the difference of two seeds, sqrt(2 / units).
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ SPREAD_OF_TEXT = 2.0
 CORRELATION = 0.5
 SIZES = (3.0, 4.0, 5.0, 6.0, 8.0)
 DRIFT = 0.3  # standard deviation of the true change of each layer, where rank correlations are simulated
+Values = Callable[[Float64, Float64], Float64]
 Noise = Callable[[np.random.Generator, tuple[int, int, int]], Float64]
 
 
@@ -90,25 +97,53 @@ def left_out(by_unit: Float64) -> Float64:
     return (by_unit.sum(axis=0) - by_unit) / (units - 1)
 
 
-def tested(by_unit: Float64, *, blocks: bool = True) -> Float64 | None:
-    """Return adjusted p-values, float64[points - 1, layers]. None if nothing is claimed.
+def tested(by_unit: Float64, *, blocks: bool = True, values: Values = changes.change_values) -> Float64 | None:
+    """Return adjusted p-values, float64[points - 1, layers] of changes. None if nothing is claimed.
 
     Args:
         blocks: whether units are taken in blocks where they correlate.
+        values: returns the pseudo-values of what is tested.
     """
     if blocks:
-        pseudo = changes.change_values(by_unit.mean(axis=0), left_out(by_unit))
+        pseudo = values(by_unit.mean(axis=0), left_out(by_unit))
         size = changes.independent_block_size(pseudo)
         if size is None:
             return None
         if size > 1:
             by_unit = in_blocks(by_unit, size)
-    return changes.adjusted_p(changes.change_values(by_unit.mean(axis=0), left_out(by_unit)))
+    return changes.adjusted_p(values(by_unit.mean(axis=0), left_out(by_unit)))
+
+
+def values_of_seeds(seeds: int) -> Values:
+    """Return a function of the pseudo-values of differences between seeds, whose points are in one axis."""
+
+    def values(theta: Float64, without_unit: Float64) -> Float64:
+        layers = theta.shape[-1]
+        by_seed = theta.reshape(seeds, -1, layers)
+        return changes.seed_values(by_seed, without_unit.reshape(len(without_unit), *by_seed.shape))
+
+    return values
 
 
 def print_without_change(options: argparse.Namespace) -> None:
     """Print in how many series without a change there is a finding."""
     print(f"Findings in {options.series} series without a change; in brackets, without blocks; refused")
+    print_findings(options, options.points, changes.change_values)
+
+
+def print_seeds_alike(options: argparse.Namespace) -> None:
+    """Print in how many groups of equal seeds there is a finding."""
+    print(f"Findings in {options.series} groups of {options.seeds} equal seeds; in brackets, without blocks; refused")
+    print_findings(options, options.seeds * options.points, values_of_seeds(options.seeds))
+
+
+def print_findings(options: argparse.Namespace, points: int, values: Values) -> None:
+    """Print in how many series there is a finding, for checkpoints that are the same but for noise.
+
+    Args:
+        points: number of checkpoints.
+        values: returns the pseudo-values of what is tested.
+    """
     for name, noise in NOISES.items():
         for units in options.units:
             random = np.random.default_rng(units)
@@ -116,10 +151,10 @@ def print_without_change(options: argparse.Namespace) -> None:
             found_without_blocks = 0
             refused = 0
             for _ in range(options.series):
-                mu = np.tile(random.normal(size=options.layers), (options.points, 1))
+                mu = np.tile(random.normal(size=options.layers), (points, 1))
                 by_unit = scores(random, noise, mu, units)
-                p = tested(by_unit)
-                plain = tested(by_unit, blocks=False)
+                p = tested(by_unit, values=values)
+                plain = tested(by_unit, blocks=False, values=values)
                 assert plain is not None
                 found_without_blocks += bool((plain <= changes.LEVEL).any())
                 if p is None:
@@ -161,6 +196,41 @@ def print_planted(options: argparse.Namespace) -> None:
                     f"{deviation:7.0%}{other_layers:5} other layers{other_points:5} other points",
                     flush=True,
                 )
+
+
+def print_seeds_planted(options: argparse.Namespace) -> None:
+    """Print how often a planted difference of the last seed is found from all others, and what else is found."""
+    print(
+        f"Of {options.series} groups of {options.seeds} seeds, of which the last differs: found from one other seed, "
+        "from all others; findings between the others, at other points"
+    )
+    values = values_of_seeds(options.seeds)
+    middle = options.points // 2
+    _, second = changes.seed_pairs(options.seeds)
+    has_last = second == options.seeds - 1
+    for units in options.units:
+        for size in SIZES:
+            random = np.random.default_rng(units)
+            from_one = 0
+            from_all = 0
+            between_others = 0
+            other_points = 0
+            for _ in range(options.series):
+                mu = np.tile(random.normal(size=options.layers), (options.seeds, options.points, 1))
+                mu[-1, middle, 0] += size * np.sqrt(2 / units)
+                p = tested(scores(random, normal, mu.reshape(-1, options.layers), units), values=values)
+                if p is None:
+                    continue
+                differs = p <= changes.LEVEL
+                from_one += bool(differs[has_last, middle, 0].any())
+                from_all += bool(differs[has_last, middle, 0].all())
+                between_others += bool(differs[~has_last].any())
+                other_points += bool(np.delete(differs, middle, axis=1).any())
+            print(
+                f"{units:5} units{size:5.0f} standard errors: {from_one / options.series:5.0%}"
+                f"{from_all / options.series:6.0%}{between_others:5} between others{other_points:5} other points",
+                flush=True,
+            )
 
 
 def print_ranks(options: argparse.Namespace) -> None:
@@ -225,15 +295,21 @@ def print_correlations(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["changes", "seeds"], help="what is simulated: changes, seeds")
     parser.add_argument("--series", type=int, default=200)
     parser.add_argument("--units", type=int, nargs="+", default=[MINIMUM_UNITS, 12, 16, 32, 64])
     parser.add_argument("--points", type=int, default=6)
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    print_without_change(options)
-    print_planted(options)
-    print_ranks(options)
-    print_correlations(options)
+    if "changes" in options.parts:
+        print_without_change(options)
+        print_planted(options)
+        print_ranks(options)
+        print_correlations(options)
+    if "seeds" in options.parts:
+        print_seeds_alike(options)
+        print_seeds_planted(options)
 
 
 if __name__ == "__main__":

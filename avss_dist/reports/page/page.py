@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 
 from avss_dist import __version__
-from avss_dist.analysis.changes import Reading
+from avss_dist.analysis.changes import Reading, ShardScores
 from avss_dist.analysis.chosen import run_labels
 from avss_dist.analysis.compared import compared_sections
 from avss_dist.analysis.comparison import differing, profiles, with_conditions
@@ -463,7 +463,7 @@ def _curves(warehouse: Warehouse, runs: Sequence[TableRow]) -> list[Curve]:
                 by_runs.setdefault(run_ids, curve)
     longest_first = sorted(by_runs.values(), key=lambda curve: -len(curve.runs))
     reading = Reading(site=site, recipe=recipe, threshold=threshold, score=FROM_ACTIVATIONS[0])
-    return with_changes(warehouse, longest_first[:MAX_CURVES], reading)
+    return with_changes(ShardScores(warehouse, reading), longest_first[:MAX_CURVES])
 
 
 def _scorecards(
