@@ -17,6 +17,8 @@ import avss_dist
 pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("warm_workers")]
 
 STEPS = 8
+SHARDS = 32
+"""Shards of a run."""
 TRAINING = Path(__file__).parents[1] / "support" / "small_training.py"
 SETTINGS = "settings: {max_sequences: 256, sequence_length: 64, sequences_per_shard: 8, batch_size: 4}\n"
 
@@ -44,7 +46,7 @@ def start_training(kind: str, model: Path, folder: Path, seconds: float) -> Comm
     return Command(TRAINING, kind, model, folder / "out", kept, STEPS, seconds, program="python")
 
 
-def start_watch(job: Path, until: object) -> Command:
+def start_watch(job: Path, until: object = 1000) -> Command:
     return Command("run", job, "--watch", "--watch-seconds", 0.5, "--until", until)
 
 
@@ -56,11 +58,12 @@ def test_a_watch_that_is_killed_gives_the_tables_of_an_undisturbed_job(
     job = job_file(tmp_path, "watched", f"'{tmp_path}/out/checkpoint-*'")
     with one_thread():
         training = start_training(kind, tiny_llama, tmp_path, 4.0)
-        watch = start_watch(job, "0.2m")
-        wait_until(lambda: num_done(tmp_path) >= 1 and num_shards(tmp_path) % 32 >= 4)
+        watch = start_watch(job)
+        wait_until(lambda: num_done(tmp_path) >= 1 and num_shards(tmp_path) >= SHARDS + 4)
         watch.kill()
         before = unit_times(tmp_path / "watched")
-        code, _, said = start_watch(job, "0.2m").wait()
+        assert len(before) > SHARDS
+        code, _, said = start_watch(job, "0.3m").wait()
         assert training.wait()[0] == 0
     rows = run_rows(tmp_path / "watched")
     failed = [row for row in rows if row["status"] == "failed"]
@@ -69,11 +72,10 @@ def test_a_watch_that_is_killed_gives_the_tables_of_an_undisturbed_job(
         assert "was deleted while it was measured" in row["error"]
         shutil.rmtree(tmp_path / "watched" / "shard_stats" / f"run_id={row['run_id']}", ignore_errors=True)
     after = unit_times(tmp_path / "watched")
-    assert {name: after[name] for name in before if name in after} == {
-        name: written for name, written in before.items() if name in after
-    }
+    again = [name for name in before if name in after and after[name] != before[name]]
+    assert again == []
     done = [row["model"] for row in rows if row["status"] == "done"]
-    assert len(done) >= 3, said
+    assert len(done) >= 2, said
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "kept").rename(tmp_path / "out")
     with one_thread():
@@ -90,7 +92,7 @@ def test_a_watch_that_is_interrupted_keeps_what_it_has_measured(tiny_llama: Path
         watch.send(signal.SIGINT)
         code, _, said = watch.wait()
     assert code == 130, said
-    assert f"Stopped, {num_shards(tmp_path)} of 32 shards are kept" in said
+    assert f"Stopped, {num_shards(tmp_path)} of {SHARDS} shards are kept" in said
 
 
 def test_a_watch_that_waits_is_interrupted_at_once(tiny_llama: Path, tmp_path: Path) -> None:
