@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from avss_dist.core.errors import AvssError
+from avss_dist.core.errors import AvssError, ModelError, RunFailed
 from avss_dist.core.process import package_versions
 from avss_dist.core.settings import Settings
 from avss_dist.core.values import NewRow
 from avss_dist.corpus.shards import CorpusPlan
-from avss_dist.models.checkpoint.locate import CONVERTED, Checkpoint
+from avss_dist.models.checkpoint.locate import CONVERTED, Checkpoint, resolve
 from avss_dist.models.checkpoint.quantization import describe_quantization
 from avss_dist.models.checkpoint.training import TrainingPoint
+from avss_dist.models.checkpoint.written import is_written_to
 from avss_dist.partition.placement import Placement
 from avss_dist.runs.merging import Apply, ShardSummary, merge_partials
 from avss_dist.runs.planned import PlannedRun
@@ -43,6 +44,10 @@ class RunInProgress:
         self._planned = planned
         self._store = store
         self._start = time.perf_counter()
+        # The folder may be gone when the row is written.
+        self._model_columns = _model_columns(
+            planned.replica_spec.checkpoint, planned.replica_spec.settings, planned.training
+        )
         stored: set[int] = set()
         if not fresh:
             stored = {shard.shard_id for shard in store.reader.each_shard(planned.run_id, planned.expected)}
@@ -98,6 +103,11 @@ class RunInProgress:
             begun: when the first shard of this attempt was begun, by ``time.perf_counter``. None if all were stored.
             notes: what happened while it was measured, for its row.
         """
+        if self._is_written_again():
+            raise RunFailed(
+                f"'{self.result.model}' was written again while it was measured.",
+                "Run the same command again, which measures the new weights.",
+            )
         measured = time.perf_counter()
         expected = self._planned.expected
         merged, summary = merge_partials(self._store, self.run_id, expected, self._shared, apply)
@@ -132,8 +142,21 @@ class RunInProgress:
         return all_notes
 
     def record_failure(self, error: AvssError) -> None:
-        """Write the row of the failed run."""
+        """Write the row of the failed run. Shards that may have other weights than the run's revision are deleted."""
+        if self._is_written_again():
+            self._store.delete_shards(self.run_id, self._planned.expected)
         self.record(status="failed", error=str(error))
+
+    def _is_written_again(self) -> bool:
+        """Whether the files of a folder changed since its revision was computed. Files that are gone have not."""
+        if not any(is_written_to(file) for file in self._planned.files):
+            return False
+        checkpoint = self._planned.replica_spec.checkpoint
+        try:
+            present = resolve(checkpoint.path, trust_remote_code=checkpoint.trust_remote_code)
+        except ModelError:  # Parts of it are missing.
+            return True
+        return present.revision != checkpoint.revision
 
     def _identity(self, family: str) -> RunIdentity:
         checkpoint = self._planned.replica_spec.checkpoint
@@ -141,7 +164,6 @@ class RunInProgress:
 
     def record(self, *, status: str, **columns: object) -> None:
         """Write the run's row."""
-        checkpoint = self._planned.replica_spec.checkpoint
         settings = self._planned.replica_spec.settings
         row = {
             "run_id": self.run_id,
@@ -152,7 +174,7 @@ class RunInProgress:
             "wall_seconds": time.perf_counter() - self._start,
             "versions": package_versions(),
         }
-        row |= _model_columns(checkpoint, settings, self._planned.training)
+        row |= self._model_columns
         row |= _text_columns(self._planned.corpus, settings)
         row |= {
             "batch_size": settings.batch_size,

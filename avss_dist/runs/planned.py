@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.models.checkpoint.training import TrainingPoint
+from avss_dist.models.checkpoint.written import FileState
 from avss_dist.runs.result import Run
 from avss_dist.runs.work import ReplicaSpec
 
@@ -19,6 +20,7 @@ class PlannedRun:
         result: what the caller of `score` gets if all of it is done before.
         replicas: model copies that work in parallel.
         training: point of a training at which the checkpoint was saved.
+        files: states of the configuration and the weights in a local folder, from before its revision was computed.
     """
 
     replica_spec: ReplicaSpec
@@ -27,6 +29,7 @@ class PlannedRun:
     result: Run
     replicas: int
     training: TrainingPoint
+    files: tuple[FileState, ...] = ()
 
     @property
     def run_id(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,6 +56,7 @@ class OpenedModel:
         config: configuration of transformers.
         settings: pinned settings, without ``auto``.
         size: size of the model; None if it is not needed.
+        files: states of the configuration and the weights in a local folder, from before its revision was computed.
     """
 
     checkpoint: Checkpoint
@@ -62,6 +64,7 @@ class OpenedModel:
     settings: Settings
     placement: Placement
     size: Footprint | None
+    files: tuple[FileState, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ class Planner:
             result=result,
             replicas=self.executor.replicas(opened.placement),
             training=training_point(opened.checkpoint, spec.names),
+            files=opened.files,
         )
 
     def begin(self, planned: PlannedRun, *, fresh: bool, storage_is_full: bool) -> RunInProgress | None:
@@ -148,7 +152,8 @@ class Planner:
     @sharing_skeletons()
     def _open(self, spec: RunSpec) -> OpenedModel:
         """Return what is known of the model of a run. The last one is remembered, until its files are written again."""
-        key = (spec.model, spec.settings, spec.execution, _states_of(spec.model))
+        states = _states_of(spec.model)
+        key = (spec.model, spec.settings, spec.execution, states)
         if self._last_opened is not None and self._last_key == key:
             return self._last_opened
         trust = spec.settings.trust_remote_code
@@ -165,7 +170,14 @@ class Planner:
         placement = choose(size, settings, spec.execution, self.executor.devices)
         require_ranks(checkpoint, settings, placement)
         self.executor.replicas(placement)  # refuses more than there is before anything is loaded
-        opened = OpenedModel(checkpoint=checkpoint, config=config, settings=settings, placement=placement, size=size)
+        opened = OpenedModel(
+            checkpoint=checkpoint,
+            config=config,
+            settings=settings,
+            placement=placement,
+            size=size,
+            files=_measured_files(states, checkpoint),
+        )
         self._last_key = key
         self._last_opened = opened
         return opened
@@ -230,8 +242,20 @@ class Planner:
 def _states_of(model: str) -> tuple[FileState, ...]:
     """Return the states of the files in a folder. A hub id has none."""
     with suppress(OSError):
-        return file_states(Path(model).expanduser())
+        return file_states(Path(model).expanduser().resolve())
     return ()
+
+
+def _measured_files(states: Iterable[FileState], checkpoint: Checkpoint) -> tuple[FileState, ...]:
+    """Return the states of the configuration and the weights of a checkpoint, unless those that are read are copies."""
+    measured = []
+    for state in states:
+        file = Path(state.path)
+        if str(file.parent) != checkpoint.path:
+            return ()
+        if file.name == "config.json" or file.suffix == ".safetensors":
+            measured.append(state)
+    return tuple(measured)
 
 
 def _highest_token(corpus: CorpusPlan, batch_size: int) -> int:

@@ -54,6 +54,12 @@ class Store:
         for table, data in files.items():
             self.storage.write(self.storage.shard_path(run_id, shard_id, table), data)
 
+    def delete_shards(self, run_id: str, shard_ids: Iterable[int]) -> None:
+        """Delete the results of shards, so that nothing resumes from them."""
+        for shard_id in shard_ids:
+            for table in ("shard_stats", "row_stats", "shard_expert_stats"):
+                self.storage.delete(self.storage.shard_path(run_id, shard_id, table))
+
     def write_unfinished_run(self, run_id: str, **plan: object) -> bytes:
         """Write a description of an unfinished run for `Warehouse.unfinished`, and return the content of the file.
 

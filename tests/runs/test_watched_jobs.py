@@ -15,8 +15,9 @@ from support.tables import assert_same_tables, run_rows
 import avss_dist
 from avss_dist.core.errors import ConfigError, RunFailed
 from avss_dist.runs import folder_watch
-from avss_dist.runs.events import RunEnded, RunEvent, RunReading
+from avss_dist.runs.events import RunEnded, RunEvent, RunReading, RunStarted, ShardMeasured
 from avss_dist.runs.job_file import read_job
+from avss_dist.runs.result import Run
 
 SETTINGS = "settings: {max_sequences: 8, sequence_length: 16, sequences_per_shard: 2, batch_size: 2}\n"
 OPTIONS: dict[str, Any] = {"watch": True, "watch_seconds": 0.05}
@@ -144,6 +145,39 @@ def test_a_step_that_is_written_again_is_another_run(checkpoints: list[Path], tm
     runs = avss_dist.run(job_file(tmp_path, f"'{tmp_path}/step-*'"), **OPTIONS, until=2, on_event=write_again)
     assert len({run.run_id for run in runs}) == 2
     assert statuses(tmp_path) == ["done", "done"]
+
+
+def test_a_checkpoint_that_is_deleted_after_it_was_read_is_finished(checkpoints: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(checkpoints[0], tmp_path / "step-1")
+
+    def delete(event: RunEvent) -> None:
+        if isinstance(event, ShardMeasured):
+            shutil.rmtree(tmp_path / "step-1", ignore_errors=True)
+
+    (run,) = avss_dist.run(job_file(tmp_path, f"'{tmp_path}/step-*'"), **OPTIONS, until=1, on_event=delete)
+    assert run.status == "done"
+
+
+@pytest.fixture
+def written_again(checkpoints: list[Path], tmp_path: Path) -> Run:
+    """Return the run of a checkpoint whose weights are replaced after its revision was computed."""
+    shutil.copytree(checkpoints[0], tmp_path / "step-1")
+
+    def write_again(event: RunEvent) -> None:
+        if isinstance(event, RunStarted):
+            shutil.copyfile(checkpoints[1] / "model.safetensors", tmp_path / "step-1" / "model.safetensors")
+
+    (run,) = avss_dist.run(job_file(tmp_path, str(tmp_path / "step-1")), on_event=write_again)
+    return run
+
+
+def test_a_checkpoint_that_is_written_again_while_it_is_measured_fails(written_again: Run, tmp_path: Path) -> None:
+    assert str(written_again.error).startswith(f"'{tmp_path}/step-1' was written again while it was measured.")
+
+
+@pytest.mark.usefixtures("written_again")
+def test_nothing_resumes_from_shards_that_may_have_other_weights(tmp_path: Path) -> None:
+    assert [*(tmp_path / "w" / "shard_stats").rglob("*.parquet")] == []
 
 
 def test_a_checkpoint_of_another_model_is_measured(checkpoints: list[Path], tiny_bert: Path, tmp_path: Path) -> None:

@@ -152,6 +152,14 @@ def file_states(folder: Path) -> tuple[FileState, ...]:
     return tuple(file_state(file) for file in sorted(files))
 
 
+def is_written_to(file: FileState) -> bool:
+    """Whether a file was written to, or replaced, since it had this state. One that is gone was not."""
+    try:
+        return file_state(file.path) != file
+    except OSError:
+        return False
+
+
 def file_state(path: str) -> FileState:
     """Return the state of a file.
 
