@@ -393,6 +393,8 @@ class _Attack:
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
 
+    def __call__(self) -> None: ...
+
     def __reduce__(self) -> Any:
         return self.call
 
@@ -421,11 +423,17 @@ def test_a_list_that_runs_code_is_refused(
     assert not Path("ran").exists()
 
 
-def test_a_list_gets_no_attribute_of_anything(training: Path) -> None:
-    """`getattr`, which old versions of Python write, gives a record here."""
-    (training / FSDP / METADATA).write_bytes(pickle.dumps(_Attack(getattr, "text", "upper")))
+def test_a_list_gets_no_attribute_of_anything(training: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From `getattr`, which old versions of Python write into lists, all else could be reached."""
+    monkeypatch.chdir(tmp_path)
+    function = _Attack(getattr, dcp_metadata.Metadata, "__init__")
+    module = _Attack(getattr, function, "__globals__")
+    builtins = _Attack(_Attack(getattr, module, "get"), "__builtins__")
+    evaluate = _Attack(_Attack(getattr, builtins, "get"), "eval")
+    (training / FSDP / METADATA).write_bytes(pickle.dumps(_Attack(evaluate, "open('ran', 'w')")))
     with pytest.raises(ModelError, match="is no list of the tensors"):
         convert_pickles(str(training))
+    assert not Path("ran").exists()
 
 
 def test_a_list_cannot_change_the_classes_that_it_is_made_of(training: Path) -> None:
