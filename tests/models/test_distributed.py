@@ -140,6 +140,14 @@ def test_the_state_of_an_optimizer_is_left_out(training: Path, tiny_llama: Path)
     assert same(converted(training), weights)
 
 
+def test_an_encoder_is_read_without_its_head(tiny_bert: Path, tmp_path: Path) -> None:
+    weights = weights_in(tiny_bert)
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "bert", ignore=shutil.ignore_patterns("*.safetensors")))
+    state: dict[str, Any] = {f"bert.{name}": tensor for name, tensor in weights.items()}
+    save_pieces({"model": state | {"cls.predictions.bias": torch.ones(3)}}, folder / FSDP)
+    assert same(converted(folder), weights)
+
+
 def test_a_tied_weight_is_written_once(save_checkpoint: Any, tmp_path: Path) -> None:
     model = llama(tie_word_embeddings=True)
     folder = save_checkpoint(model, tmp_path / "tied")

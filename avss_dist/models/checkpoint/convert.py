@@ -215,7 +215,10 @@ def _find_weights(model: PreTrainedModel, tensor_list: TensorList, config: Path)
     """
     weights = model.state_dict()
     described = f"the {type(model).__name__} that {config} describes"
-    keys = _keys_by_name(tensor_list.tensors, weights)
+    prefixes = [*_PREFIXES]
+    if model.base_model is model:  # Of an encoder, the head is not needed, and the training had one.
+        prefixes += [f"{prefix}{model.base_model_prefix}." for prefix in _PREFIXES]
+    keys = _keys_by_name(tensor_list.tensors, weights, prefixes)
     if not keys:
         raise ModelError(
             f"{tensor_list.folder} has no weight of {described}. It has {first_names(list(tensor_list.tensors))}, and "
@@ -245,18 +248,17 @@ def _find_weights(model: PreTrainedModel, tensor_list: TensorList, config: Path)
     return found
 
 
-def _keys_by_name(keys: Iterable[str], weights: Mapping[str, object]) -> dict[str, str]:
+def _keys_by_name(keys: Iterable[str], weights: Mapping[str, object], prefixes: Sequence[str]) -> dict[str, str]:
     """Return the keys of a distributed checkpoint that are inside of a model's modules, by the model's names.
-
-    The prefix is taken under which most of the model's weights are found.
 
     Args:
         weights: the model's weights by name.
+        prefixes: starts of keys. The one under which most of the model's weights are found is taken.
     """
     best: dict[str, str] = {}
     best_count = 0
     norms_behind = norms_are_behind(weights)
-    for prefix in _PREFIXES:
+    for prefix in prefixes:
         names: dict[str, str] = {}
         of_olmo_core: dict[str, str] = {}
         for key in keys:
