@@ -191,7 +191,9 @@ class FolderWatch:
         for spec in self.specs:
             matched: set[tuple[int, int]] = set()
             # Links come last, and are left out if their targets are there.
-            for path in sorted(glob.iglob(str(Path(spec.model).expanduser()), recursive=True), key=os.path.islink):
+            for path in sorted(
+                glob.iglob(str(Path(os.path.expanduser(spec.model))), recursive=True), key=os.path.islink
+            ):
                 folder = _folder_number(path)
                 if folder is None or folder in matched:
                     continue

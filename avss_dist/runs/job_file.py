@@ -96,13 +96,6 @@ class ModelKeys(Section):
             raise _problem("`model` or `seeds` must be given.", "Name a model, or a group of seeds.")
         return self
 
-    @property
-    def name(self) -> str:
-        """Name of the model, with ``{}`` in place of a seed."""
-        if self.seeds is not None:
-            return self.seeds.model
-        return self.model
-
     def named_models(self) -> list[str]:
         """Return the name of the model, or of the model of each seed."""
         if self.seeds is not None:
@@ -297,7 +290,8 @@ class _Reader:
         job = document.require_valid(job)
         models: dict[str, int] = {}
         for index, entry in enumerate(job.models):
-            models.setdefault(entry.name, document.line(("models", index)))
+            for name in entry.named_models():
+                models.setdefault(name, document.line(("models", index)))
         return JobFile(
             path=document.path,
             warehouse=RedactedURI(job.warehouse),
@@ -486,7 +480,7 @@ class _Reader:
         """Return the folders of a glob, or a name that is none."""
         if self.watch or not self.expand or not glob.has_magic(name):
             return [name]
-        matches = glob.glob(str(Path(name).expanduser()), recursive=True)
+        matches = glob.glob(str(Path(os.path.expanduser(name))), recursive=True)
         models = sorted(match for match in matches if Path(match).is_dir() or match.endswith(".gguf"))
         if not models:
             self.document.report(location, f"no folder matches '{name}' (relative paths start in {Path.cwd()})")

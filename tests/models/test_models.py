@@ -116,6 +116,7 @@ def test_a_folder_goes_before_a_hub_id(hub: Path, folder: Path, monkeypatch: pyt
         ("missing.gguf", "There is no file 'missing.gguf'"),
         ("/missing/folder", "There is no folder '/missing/folder'"),
         ("./missing", "There is no folder './missing'"),
+        ("~no-such-user/m", "There is no folder '~no-such-user/m'"),
         ("two words", "There is no folder 'two words'"),
         ("org/absent", "'org/absent' is no folder here, and cannot be fetched from the hub"),
         ("org/tiny@v2", "'org/tiny@v2' is no folder here, and cannot be fetched from the hub"),

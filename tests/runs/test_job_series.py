@@ -315,3 +315,9 @@ def test_what_a_job_says_of_names_is_in_no_id(scored: Path) -> None:
         sites=["block"],
     )
     assert run.status == "skipped"
+
+
+def test_the_models_of_a_job_are_those_of_its_seeds(tmp_path: Path) -> None:
+    """They are checked for relative paths before a job is submitted."""
+    job = job_of(tmp_path, '- seeds: {model: "run-{}", values: 1..2}', expand=False)
+    assert [*job.models] == ["run-1", "run-2"]

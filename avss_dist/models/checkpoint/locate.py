@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
@@ -143,7 +144,7 @@ def resolve(
     """
     place = None
     if unconverted:
-        place = _place_of_unconverted(Path(spec).expanduser())
+        place = _place_of_unconverted(Path(os.path.expanduser(spec)))
     local = locate(spec, trust_remote_code=trust_remote_code, weights=place is None)
     if local is None:
         return _resolve_on_hub(spec, trust_remote_code=trust_remote_code, weights=weights)
@@ -228,7 +229,7 @@ def locate(spec: str, *, trust_remote_code: bool = False, weights: bool = True) 
     Raises:
         ModelError: the checkpoint does not exist or cannot be opened.
     """
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"There is no file '{spec}'.", "Check the path of the .gguf file.")
