@@ -300,6 +300,8 @@ def _assemble(tensor: ListedTensor, pieces: Sequence[StoredPiece]) -> torch.Tens
     Raises:
         ModelError: a piece is damaged.
     """
+    if len(pieces) == 1:
+        return _read_piece(tensor, pieces[0])
     whole = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype))
     for piece in pieces:
         part = whole
