@@ -18,9 +18,10 @@ from avss_dist.core.text import describe_bytes
 from avss_dist.core.values import TableRow
 from avss_dist.corpus.shards import Batch
 from avss_dist.models.causal_lm import LanguageModel
-from avss_dist.models.checkpoint.loading import Backbone, Forward, forward_function, load, quiet
+from avss_dist.models.checkpoint.loading import Backbone, Forward, forward_function, load, open_module, quiet
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.quantization import describe_computing
+from avss_dist.models.checkpoint.reloading import ReloadableModel
 from avss_dist.models.checkpoint.size import Footprint, sharing_skeletons
 from avss_dist.models.structure.layers import Layer
 from avss_dist.partition.catalog import PARTITIONS
@@ -55,6 +56,10 @@ class Replica:
         language_model_type: class of ``language_model``.
         no_gradients: see `causal_lm.LanguageModel`.
 
+    Args:
+        reloadable: model of a closed replica, whose module is used again if it can take the weights. It is dropped
+            otherwise.
+
     Raises:
         ConfigError: there is no group of as many ranks, or the partition does not fit the checkpoint or the device.
         ModelError: the model cannot be opened or observed.
@@ -65,10 +70,17 @@ class Replica:
     no_gradients: tuple[str, str] | None = None
 
     def __init__(
-        self, checkpoint: Checkpoint, settings: Settings, placement: Placement = SINGLE, *, head: bool = False
+        self,
+        checkpoint: Checkpoint,
+        settings: Settings,
+        placement: Placement = SINGLE,
+        *,
+        head: bool = False,
+        reloadable: ReloadableModel | None = None,
     ) -> None:
         self.device = pick_device(settings.device)
         keep_freed_memory()
+        self._reloadable = reloadable
         self.language_model: LanguageModel | None = None
         info = PARTITIONS[placement.partition]
         with quiet(), reraise_lost_ranks(), sharing_skeletons():
@@ -131,9 +143,19 @@ class Replica:
 
     def _open(self, checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool) -> Backbone:
         """Open the model, or this rank's part of it."""
-        if head and placement.copies > 1:
-            self.language_model_type = RankedLanguageModel
-        return load(checkpoint, settings, self.device, head=head)
+        if head:
+            if placement.copies > 1:
+                self.language_model_type = RankedLanguageModel
+            return load(checkpoint, settings, self.device, head=True)
+        if self._reloadable is not None:
+            if self._reloadable.reload(checkpoint, settings, self.device):
+                model = self._reloadable.model
+                assert model is not None
+                return open_module(model, layers=settings.layers, device=self.device)
+            free_cached_memory()
+        backbone = load(checkpoint, settings, self.device)
+        self._reloadable = ReloadableModel(checkpoint, settings, self.device, backbone.model)
+        return backbone
 
     def forward(self, batches: Sequence[Batch], context: BatchContext) -> None:
         """Run the backbone over every batch, for hooks that observe it. All ranks must run equally many batches.
@@ -153,9 +175,20 @@ class Replica:
         """
         return [counted]
 
+    def release(self) -> ReloadableModel | None:
+        """Close the replica, but for its model, which the next replica may use. None if only others can be opened."""
+        reloadable = self._reloadable
+        self._reloadable = None
+        if reloadable is None:
+            self.close()
+        else:
+            del self._backbone, self._run, self.layers
+        return reloadable
+
     def close(self) -> None:
         """Drop the weights, or this rank's part of them."""
         self.language_model = None
+        self._reloadable = None
         del self._backbone, self._run, self.layers
         free_cached_memory()
 
@@ -167,20 +200,34 @@ def replica_class(partition: str) -> type[Replica]:
     return replica
 
 
-def open_replica(checkpoint: Checkpoint, settings: Settings, placement: Placement, *, head: bool = False) -> Replica:
+def open_replica(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    placement: Placement,
+    *,
+    head: bool = False,
+    reloadable: ReloadableModel | None = None,
+) -> Replica:
     """Open a checkpoint as one replica, or as this process's rank of a replica of several ranks.
 
     Every rank calls this, inside one torch.distributed group (`partition.group.join`).
 
     Args:
         head: open the head, too, so that the replica has a `language_model`.
+        reloadable: see `Replica`. Only the partition `single` without a head has a use for it.
 
     Raises:
         ModelError: the model cannot be opened or observed, or has no head that predicts the next token.
         ConfigError: the devices of this machine do not fit the placement.
     """
     torch.set_num_threads(settings.threads)
-    return replica_class(placement.partition)(checkpoint, settings, placement, head=head)
+    opened = replica_class(placement.partition)
+    if reloadable is not None:
+        if opened is Replica and not head:
+            return Replica(checkpoint, settings, placement, reloadable=reloadable)
+        reloadable.drop()
+        free_cached_memory()
+    return opened(checkpoint, settings, placement, head=head)
 
 
 def run_batch(run: Forward, batch: Batch, device: torch.device) -> None:

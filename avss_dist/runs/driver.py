@@ -315,6 +315,9 @@ class Driver:
             self._fail_executor(error)
         else:
             self._submitted.submit(shards)
+            if self._waiting and not self._executor.plans_ahead:
+                spec = self._waiting[0].spec
+                self._planner.submit(lambda: self._planning.read_ahead(spec))
 
     def _take_outcome(self, tracked: TrackedRun, outcome: RunOutcome, arrived: float) -> None:
         """Have the first result of a shard stored. After the last one, or an error, the run needs no other."""

@@ -38,7 +38,7 @@ from avss_dist.partition.execution import Execution
 from avss_dist.partition.placement import Placement
 from avss_dist.partition.replica import Replica
 from avss_dist.runs.threads import Submissions
-from avss_dist.runs.work import Outcome, ReplicaSpec, RunShards, Underway, by_model
+from avss_dist.runs.work import Outcome, ReplicaSlot, ReplicaSpec, RunShards, Underway, by_model
 from avss_dist.stats.layer_stats import ShardResult
 from avss_dist.tasks.task import Cell, CellOutcome, CellResult, measure_cell
 
@@ -102,19 +102,10 @@ class LocalExecutor:
         """
         # OpenMP gives a new thread the number of the process, and not that of the thread which starts it.
         torch.set_num_threads(self._threads_of_torch)
-        for spec, same in groupby(runs, key=lambda run_shards: run_shards.replica_spec):
-            with computing_threads(spec.settings.threads):
-                try:
-                    replica = spec.open()
-                except Exception as error:
-                    failure = as_failure(error)
-                    for run_shards in same:
-                        yield run_shards, own_copy(failure)
-                    continue
-                hooked = attached(replica.layers, spec.settings.sites, experts=spec.settings.experts)
-                with closing(replica), hooked as hooks:
-                    for run_shards in same:
-                        yield from _measure_shards(run_shards, replica, hooks)
+        with closing(ReplicaSlot()) as slot:
+            for spec, same in groupby(runs, key=lambda run_shards: run_shards.replica_spec):
+                with computing_threads(spec.settings.threads):
+                    yield from _measure_runs(slot, spec, same)
 
     def run_cells(
         self, rounds: Submissions[Sequence[Cell]], underway: Underway | None = None
@@ -187,6 +178,20 @@ def _measure_cell(model: LanguageModel, cell: Cell, underway: Underway | None) -
             return measure_cell(model, cell)
     except Exception as error:
         return as_failure(error)
+
+
+def _measure_runs(slot: ReplicaSlot, spec: ReplicaSpec, runs: Iterator[RunShards]) -> Iterator[Outcome]:
+    """Yield the results of runs with one replica, which is opened in place of the last one, or its error for each."""
+    try:
+        replica = slot.open(spec)
+    except Exception as error:
+        failure = as_failure(error)
+        for run_shards in runs:
+            yield run_shards, own_copy(failure)
+        return
+    with attached(replica.layers, spec.settings.sites, experts=spec.settings.experts) as hooks:
+        for run_shards in runs:
+            yield from _measure_shards(run_shards, replica, hooks)
 
 
 def _measure_shards(run_shards: RunShards, replica: Replica, hooks: Hooks) -> Iterator[Outcome]:

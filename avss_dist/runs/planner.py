@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import suppress
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from avss_dist.core.devices import available_memory
 from avss_dist.core.errors import ModelError, StorageFull
 from avss_dist.core.fingerprint import NUMBERS_VERSION, fingerprint
 from avss_dist.core.settings import Settings
@@ -18,9 +20,11 @@ from avss_dist.corpus.shards import USUAL_ROWS, CorpusPlan, tokenize_corpus
 from avss_dist.corpus.sources import open_source
 from avss_dist.models.checkpoint.convert import convert_pickles
 from avss_dist.models.checkpoint.loading import load_tokenizer, pin, text_config
-from avss_dist.models.checkpoint.locate import Checkpoint, content_hash, resolve
+from avss_dist.models.checkpoint.locate import Checkpoint, content_hash, locate, resolve, stored_tensors
+from avss_dist.models.checkpoint.reloading import config_without_names
 from avss_dist.models.checkpoint.size import Footprint, sharing_skeletons
 from avss_dist.models.checkpoint.training import training_point
+from avss_dist.models.checkpoint.weight_files import weight_files
 from avss_dist.models.checkpoint.written import FileState, file_states
 from avss_dist.models.structure.additions import transforms_outputs
 from avss_dist.partition.choose import choose, needs_size, require_ranks, size_of
@@ -44,6 +48,7 @@ FLOPS_OF_A_THREAD = {2: 150e9, 4: 75e9}  # a second, by the bytes of an element,
 FLOPS_OF_A_GPU = {2: 200e12, 4: 20e12}
 
 KEPT_CORPORA = 4  # tokenized corpora that are remembered
+AHEAD_SHARE = 0.5  # of the available memory that weights may take which are read before they are needed
 _TOKENIZER_FILES = (".json", ".model", ".txt", ".jinja")
 _OTHER_FILES = ("config.json", "generation_config.json", "trainer_state.json", "model.safetensors.index.json")
 
@@ -92,6 +97,8 @@ class Planner:
     fetch: bool = True
     _last_key: tuple[object, ...] = ()
     _last_opened: OpenedModel | None = None
+    _last_shape: tuple[object, ...] = ()
+    _last_size: Footprint | None = None
     _corpora: OrderedDict[tuple[object, ...], TokenizedCorpus] = field(default_factory=OrderedDict)
 
     def prepare(self, spec: RunSpec) -> PlannedRun:
@@ -149,6 +156,24 @@ class Planner:
             raise error
         return RunInProgress(planned, self.store, fresh=fresh)
 
+    def read_ahead(self, spec: RunSpec) -> None:
+        """Fetch the files of a checkpoint, and have the system read its weights, before its run is planned.
+
+        Their hash is remembered. Weights that would take more than `AHEAD_SHARE` of the memory are not read: those in
+        use might be dropped for them. Nothing is raised.
+        """
+        with suppress(Exception):  # `prepare` meets the same error, and explains it.
+            trusted = spec.settings.trust_remote_code
+            checkpoint = locate(spec.model) or resolve(spec.model, trust_remote_code=trusted, weights=self.fetch)
+            files = [Path(checkpoint.path)] if checkpoint.gguf else weight_files(checkpoint.folder)
+            if sum(file.stat().st_size for file in files) > AHEAD_SHARE * available_memory():
+                return
+            for file in files:
+                with file.open("rb", buffering=0) as stream:
+                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            if checkpoint.source != "hub":
+                resolve(spec.model, trust_remote_code=trusted, weights=self.fetch)
+
     @sharing_skeletons()
     def _open(self, spec: RunSpec) -> OpenedModel:
         """Return what is known of the model of a run. The last one is remembered, until its files are written again."""
@@ -166,7 +191,7 @@ class Planner:
         settings = pin(spec.settings, checkpoint, config, self.executor.devices.kind)
         size = None
         if settings.sequences_per_shard is None or needs_size(spec.execution):
-            size = size_of(checkpoint, settings)
+            size = self._size_of(checkpoint, settings)
         placement = choose(size, settings, spec.execution, self.executor.devices)
         require_ranks(checkpoint, settings, placement)
         self.executor.replicas(placement)  # refuses more than there is before anything is loaded
@@ -181,6 +206,20 @@ class Planner:
         self._last_key = key
         self._last_opened = opened
         return opened
+
+    def _size_of(self, checkpoint: Checkpoint, settings: Settings) -> Footprint | None:
+        """Return a checkpoint's size. That of the last one is remembered for those of the same shape."""
+        if checkpoint.gguf or checkpoint.trust_remote_code:
+            return size_of(checkpoint, settings)
+        try:
+            stored = [(tensor.name, tensor.dtype, tensor.size) for tensor in stored_tensors(checkpoint)]
+            key = (config_without_names(checkpoint), stored, settings)
+        except ModelError:  # Loading it says what is wrong with it.
+            return size_of(checkpoint, settings)
+        if self._last_size is None or self._last_shape != key:
+            self._last_shape = key
+            self._last_size = size_of(checkpoint, settings)
+        return self._last_size
 
     def _tokenize(self, spec: RunSpec, opened: OpenedModel) -> CorpusPlan:
         """Return the corpus of a run in the tokens of its model. The last `KEPT_CORPORA` are remembered.

@@ -13,6 +13,7 @@ from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Shard
 from avss_dist.models.checkpoint.locate import Checkpoint
+from avss_dist.models.checkpoint.reloading import ReloadableModel
 from avss_dist.partition.placement import Placement
 from avss_dist.partition.replica import Replica, open_replica
 from avss_dist.stats.layer_stats import ShardResult
@@ -36,13 +37,44 @@ class ReplicaSpec:
     placement: Placement
     head: bool = False
 
-    def open(self) -> Replica:
+    def open(self, reloadable: ReloadableModel | None = None) -> Replica:
         """Open this process's rank of the replica.
+
+        Args:
+            reloadable: see `partition.replica.Replica`.
 
         Raises:
             AvssError: the model cannot be opened or observed.
         """
-        return open_replica(self.checkpoint, self.settings, self.placement, head=self.head)
+        return open_replica(self.checkpoint, self.settings, self.placement, head=self.head, reloadable=reloadable)
+
+
+class ReplicaSlot:
+    """Place of the replica that a worker has open. The next one may take over its module, see `reloading`."""
+
+    def __init__(self) -> None:
+        self._replica: Replica | None = None
+
+    def open(self, spec: ReplicaSpec) -> Replica:
+        """Open a replica in place of the last one.
+
+        Raises:
+            AvssError: the model cannot be opened or observed. Then none is open.
+        """
+        replica = self._replica
+        self._replica = None
+        reloadable = None
+        if replica is not None:
+            reloadable = replica.release()
+            del replica
+        self._replica = spec.open(reloadable)
+        return self._replica
+
+    def close(self) -> None:
+        """Close the replica, if one is open."""
+        if self._replica is not None:
+            self._replica.close()
+            self._replica = None
 
 
 def by_model(cells: Iterable[Cell]) -> list[tuple[ReplicaSpec, list[Cell]]]:

@@ -251,6 +251,7 @@ class SiteTable:
         if weights is None and len(shards) >= MINIMUM_UNITS:
             weights = np.vstack([bootstrap_weights(len(shards)), left_out_weights(len(shards))])
         self.weights: Float64 = np.zeros((0, len(shards))) if weights is None else weights
+        self._below: dict[Threshold, tuple[Float64, Float64]] = {}  # the results of `_near_zero`
 
     def recipes(self) -> tuple[str, ...]:
         """Return the recipes that the site has statistics for. Recipe ``unit`` needs sums by unit."""
@@ -316,6 +317,23 @@ class SiteTable:
         """
         if recipe == "unit":
             return self._unit_parts(threshold)
+        near_zero, weighted_near_zero = self._near_zero(threshold)
+        if recipe == "pooled":
+            variance, weighted_variance = self.pooled_variance
+        else:
+            variance, weighted_variance = self.element_variance
+        return WeightedParts(
+            merged=Parts(variance, near_zero, self.column("count")),
+            weighted=Parts(weighted_variance, weighted_near_zero, self.weighted_count),
+        )
+
+    def _near_zero(self, threshold: Threshold) -> tuple[Float64, Float64]:
+        """Return the number of elements below a threshold, merged and weighted. Several recipes need it."""
+        if threshold not in self._below:
+            self._below[threshold] = self._count_near_zero(threshold)
+        return self._below[threshold]
+
+    def _count_near_zero(self, threshold: Threshold) -> tuple[Float64, Float64]:
         values = [threshold.at(stats) for stats in self.merged]
         bin_shares = []
         near_zero = []
@@ -330,15 +348,7 @@ class SiteTable:
                 return float(stats.near_zero[counted[0]])
             return float(histogram_below(stats.histogram, values[layer], bin_shares[layer]))
 
-        if recipe == "pooled":
-            variance, weighted_variance = self.pooled_variance
-        else:
-            variance, weighted_variance = self.element_variance
-        weighted_count = self.weighted(lambda _, stats: stats.count)
-        return WeightedParts(
-            merged=Parts(variance, np.array(near_zero), self.column("count")),
-            weighted=Parts(weighted_variance, self.weighted(count_below), weighted_count),
-        )
+        return np.array(near_zero), self.weighted(count_below)
 
     def _unit_parts(self, threshold: Threshold) -> WeightedParts:
         """Return the parts of recipe ``unit``, whose elements are the finite means of units."""
@@ -386,12 +396,17 @@ class SiteTable:
         sizes = np.abs(means)
         near_zero = {}
         for threshold in self.thresholds:
-            near_zero[threshold] = (sizes < threshold.at(merged)).sum(axis=-1).astype(float)
+            near_zero[threshold] = np.count_nonzero(sizes < threshold.at(merged), axis=-1).astype(float)
         return UnitReductions(
             variance=means.var(axis=-1),
-            finite=np.isfinite(means).sum(axis=-1).astype(float),
+            finite=np.count_nonzero(np.isfinite(means), axis=-1).astype(float),
             near_zero=near_zero,
         )
+
+    @cached_property
+    def weighted_count(self) -> Float64:
+        """Weighted number of elements, float64[weights, layers]."""
+        return self.weighted(lambda _, stats: stats.count)
 
     @cached_property
     def pooled_variance(self) -> tuple[Float64, Float64]:

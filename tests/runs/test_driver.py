@@ -301,6 +301,16 @@ def test_every_state_but_an_end_leads_to_an_end() -> None:
         assert reached & {RunState.DONE, RunState.FAILED, RunState.SKIPPED}
 
 
+def test_the_next_checkpoint_is_read_while_one_is_measured_here() -> None:
+    driven = drive([Fate("a"), Fate("b", was_done=True), Fate("c")], plans_ahead=False)
+    assert driven.planner.read == ["b"]
+
+
+def test_no_checkpoint_is_read_ahead_where_the_next_run_is_planned_ahead() -> None:
+    driven = drive([Fate("a"), Fate("b"), Fate("c")], plans_ahead=True)
+    assert driven.planner.read == []
+
+
 # Full storage, crashes of the executor, callbacks that raise
 
 

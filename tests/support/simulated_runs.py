@@ -123,10 +123,18 @@ def run_of(fate: Fate, status: str = "skipped") -> Run:
 
 
 class SimulatedPlanner:
-    """Plans what fates say, in place of `runs.planner.Planner`."""
+    """Plans what fates say, in place of `runs.planner.Planner`.
+
+    Attributes:
+        read: ids of the runs whose checkpoints were read ahead.
+    """
 
     def __init__(self, warehouse: SimulatedWarehouse) -> None:
+        self.read: list[str] = []
         self._warehouse = warehouse
+
+    def read_ahead(self, fate: Fate) -> None:
+        self.read.append(fate.run_id)
 
     def prepare(self, fate: Fate) -> Any:
         if fate.fails_in == "prepare":
@@ -248,6 +256,7 @@ class Driven:
     fates: Sequence[Fate]
     warehouse: SimulatedWarehouse
     executor: SimulatedExecutor
+    planner: SimulatedPlanner
     events: list[RunEvent] = field(default_factory=list)
     endings: list[tuple[Fate, Run | AvssError]] = field(default_factory=list)
     raised: BaseException | None = None
@@ -278,14 +287,14 @@ def drive(
     if listed is not None:
         watch = SimulatedWatch(fates[listed:], ends=watch_ends)
     warehouse = SimulatedWarehouse()
-    driven = Driven(fates, warehouse, SimulatedExecutor(fates, **options))
+    driven = Driven(fates, warehouse, SimulatedExecutor(fates, **options), SimulatedPlanner(warehouse))
 
     def note(event: RunEvent) -> None:
         driven.events.append(event)
         on_event(driven, event)
 
     parts: Any = (warehouse, driven.executor, note)
-    planner: Any = SimulatedPlanner(warehouse)
+    planner: Any = driven.planner
     specs: Any = fates[:listed]
     try:
         for spec, ending in driver(*parts, planner=planner, watch=watch).run(specs):

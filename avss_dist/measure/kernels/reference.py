@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -181,9 +181,7 @@ def to_stats(tensors: Mapping[str, np.ndarray], dtype: torch.dtype, thresholds: 
     if "first" in tensors:
         fields["first_count"] = int(fields["first_count"])
     if "patterns" in tensors:
-        every_pattern = torch.from_numpy(np.arange(PATTERNS, dtype=np.uint16))
-        every_value = every_pattern.view(dtype).double().numpy()
-        fields |= stats_from_pattern_counts(tensors["patterns"], every_value, thresholds)
+        fields |= stats_from_pattern_counts(tensors["patterns"], values_of_patterns(dtype), thresholds)
     else:
         abs_value, abs_value_count = values_of_cuts(tensors["cuts"])
         fields["histogram"] = tensors["cuts"].reshape(HISTOGRAM_BINS, -1).sum(axis=1)
@@ -195,6 +193,15 @@ def to_stats(tensors: Mapping[str, np.ndarray], dtype: torch.dtype, thresholds: 
         if fields["count"]:
             fields["max_abs"] = max(abs(fields["min"]), abs(fields["max"]))
     return LayerStats(thresholds=thresholds, **fields)
+
+
+@cache
+def values_of_patterns(dtype: torch.dtype) -> Float64:
+    """Return the value of every pattern of a 16-bit dtype, float64[65536]. The result is cached, and read-only."""
+    every_pattern = torch.from_numpy(np.arange(PATTERNS, dtype=np.uint16))
+    values: Float64 = every_pattern.view(dtype).double().numpy()
+    values.flags.writeable = False
+    return values
 
 
 class Kernels:

@@ -27,7 +27,7 @@ from avss_dist.models.checkpoint.convert import convert_pickles
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.partition.replica import Replica
 from avss_dist.runs.ray.heartbeats import Doing
-from avss_dist.runs.work import RankTask, Receipt, ReplicaSpec
+from avss_dist.runs.work import RankTask, Receipt, ReplicaSlot, ReplicaSpec
 from avss_dist.tasks.task import Cell, CellResult, Heartbeat, measure_cell
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.schema import RunIdentity
@@ -146,6 +146,7 @@ class Worker:
         self._opening = True
         self._doing: Doing | None = None
         self._spec: ReplicaSpec | None = None
+        self._slot = ReplicaSlot()
         self._model: Replica | None = None
         self._computing = threading.Lock()
         threading.Thread(target=self._report, daemon=True).start()
@@ -172,7 +173,7 @@ class Worker:
             return get_node_ip_address(), int(free.getsockname()[1])
 
     def open(self, spec: ReplicaSpec, rank: int, first: tuple[str, int]) -> None:
-        """Open a model, in place of the last one, together with the other ranks.
+        """Open a model, in place of the last one, together with the other ranks. See `runs.work.ReplicaSlot`.
 
         Args:
             first: the `address` of rank 0.
@@ -183,12 +184,10 @@ class Worker:
 
             join(rank, spec.placement.ranks, first[0], first[1], device=pick_device(spec.settings.device))
         if spec != self._spec:
-            if self._model is not None:
-                self._model.close()
             self._spec = None
             self._model = None
             checkpoint = resolve_on_node(spec.checkpoint, pickles=spec.settings.allow_pickle)
-            self._model = replace(spec, checkpoint=checkpoint).open()
+            self._model = self._slot.open(replace(spec, checkpoint=checkpoint))
             self._spec = spec
         self._opening = False
 
