@@ -26,7 +26,7 @@ from avss_dist.warehouse.removal import Catalog
 ABLATION_TASKS = sorted({info.task for info in SCORES.values() if info.task} | {ROUNDING_TASK})
 MAX_TRIED = 20  # runs, the newest first
 NUMBER_LENGTH = 10  # digits at the end of an id, which differ between runs
-_TELLING = ("dtype", "corpus", "revision")  # what tells runs of one model apart, before settings
+_TELLING = ("dtype", "corpus", "seed", "revision")  # what tells runs of one model apart, before settings
 
 
 def choose_runs(
@@ -296,7 +296,7 @@ def _with_details(labels: Sequence[str], details: Sequence[str | None]) -> list[
 
 
 def _details(runs: Sequence[TableRow]) -> Iterator[list[str | None]]:
-    """Yield one detail after the other, by run: dtype, corpus, revision, each setting, last the run's own number."""
+    """Yield one detail after the other, by run: dtype, corpus, seed, revision, each setting, last its own number."""
     for name in _TELLING:
         yield [_property(run, name) for run in runs]
     settings = [settings_of(run) for run in runs]
@@ -320,4 +320,6 @@ def _property(run: TableRow, name: str) -> str | None:
     """Return the last part of the name of a run's property. None if it is not known."""
     if run[name] is None:
         return None
+    if name == "seed":
+        return f"seed {run[name]}"
     return basename(run.get(f"{name}_name") or run[name])

@@ -461,12 +461,14 @@ def test_names_of_fields_are_in_no_backticks(tmp_path: Path) -> None:
         ([{}, {"model": "org/b/"}], ["a", "b"]),
         ([{}, {"dtype": "bfloat16"}], ["a · float32", "a · bfloat16"]),
         ([{}, {"corpus": "x/wiki.txt"}, {"model": "b"}], ["a · builtin:pydoc", "a · wiki.txt", "b"]),
+        ([{"seed": 1, "revision": "x"}, {"seed": 2, "revision": "y"}], ["a · seed 1", "a · seed 2"]),
         ([{}, {"settings": '{"skip_first_tokens": 1}'}], ["a", "a · skip_first_tokens=1"]),
         ([{}, {"run_id": "a-9876543210"}], ["a · 0123456789", "a · 9876543210"]),
     ],
 )
-def test_labels_tell_runs_apart_with_as_little_as_will_do(changes: list[dict[str, str]], labels: list[str]) -> None:
-    run = {"run_id": "a-0123456789", "model": "org/a", "dtype": "float32", "corpus": "builtin:pydoc", "revision": None}
+def test_labels_tell_runs_apart_with_as_little_as_will_do(changes: list[dict[str, Any]], labels: list[str]) -> None:
+    run = {"run_id": "a-0123456789", "model": "org/a", "dtype": "float32", "corpus": "builtin:pydoc"}
+    run |= {"seed": None, "revision": None}
     run["settings"] = '{"skip_first_tokens": 0}'
     assert run_labels([run | change for change in changes]) == labels
 
