@@ -156,6 +156,18 @@ def test_a_submitted_job_gives_the_tables_of_one_by_one(
 
 
 @pytest.mark.nightly
+def test_a_submitted_watch_gives_the_tables_of_one_by_one(
+    cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path
+) -> None:
+    job = job_file(tmp_path, [models[0].parent / "step-*"])
+    watch = ["--watch", "--until", "2", "--watch-seconds", "1"]
+    done = run_avss("jobs", "submit", job, "--follow", "--replicas", "1", *watch, env=cluster)
+    assert done.returncode == 0, done.stderr
+    assert "2 runs: 2 done." in done.stdout
+    assert_same_as_alone(tmp_path, models)
+
+
+@pytest.mark.nightly
 def test_the_files_of_a_job_have_the_rights_that_its_user_gives(
     cluster: dict[str, str], models: list[Path], run_avss: Avss, tmp_path: Path
 ) -> None:
