@@ -246,9 +246,6 @@ class Driver:
             return
         self._awaits_arrival = False
         self._more_may_arrive = bool(arrival.specs)
-        # A folder that is written again with the same files is not a repeat of a run that has ended: that one may have
-        # failed, as its files were deleted.
-        self._first_runs = {run_id: first for run_id, first in self._first_runs.items() if not first.has_ended}
         arrived = [TrackedRun(spec) for spec in arrival.specs]
         self._runs += arrived
         self._waiting.extend(arrived)
@@ -276,8 +273,10 @@ class Driver:
         if self._is_stopping:
             return
         tracked.result = planned.result
-        first = self._first_runs.setdefault(planned.run_id, tracked)
-        if first is not tracked:
+        first = self._first_runs.get(planned.run_id)
+        if first is None or self._is_over(first):
+            self._first_runs[planned.run_id] = tracked
+        else:
             tracked.first = first
             tracked.become(RunState.REPEATING)
             self._active.remove(tracked)
@@ -289,6 +288,15 @@ class Driver:
             return LookedUp(tracked, progress)
 
         self._submit(self._planner, tracked, look_up)
+
+    def _is_over(self, first: TrackedRun) -> bool:
+        """Whether a run with the id of an earlier one is no repeat of it, but another attempt.
+
+        So it is in a watch: a checkpoint that was deleted may be written again with the same files.
+        """
+        if self._watch is None:
+            return False
+        return first.has_ended or first.error is not None
 
     def _begin(self, tracked: TrackedRun, progress: RunInProgress) -> None:
         """Have the missing shards of a run measured. Without any, it is merged."""
