@@ -31,6 +31,7 @@ from avss_dist.runs.job_series import (
     SeedGroup,
     describe_notes,
     has_pattern,
+    is_same_place,
     missing_points,
     nearest_revisions,
     place_in_training,
@@ -356,7 +357,7 @@ class _Reader:
                 continue
             training = point.seed_group or point.series
             other = model_of_point.setdefault((training, point.seed, point.step, point.tokens), model)
-            if other != model:
+            if not is_same_place(other, model):
                 problem = f"'{other}' and '{model}' are at the same point of the training '{training}'"
                 self.document.problems.add((spec.line, f"{problem}; leave one out, or tell them apart by names"))
         for group, sentence in missing_points([*points.values()]):

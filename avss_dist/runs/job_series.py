@@ -307,6 +307,14 @@ def has_pattern(model: str, pattern: str) -> bool:
     return matches_names(_named_checkpoint(model), pattern)
 
 
+def is_same_place(model: str, other: str) -> bool:
+    """Whether two models of a job are the same hub id, or the same folder, to which one may be a link."""
+    if model == other:
+        return True
+    path = os.path.expanduser(model)
+    return os.path.exists(path) and os.path.realpath(path) == os.path.realpath(os.path.expanduser(other))
+
+
 def _named_checkpoint(model: str) -> Checkpoint:
     """Return a checkpoint by its name alone."""
     path = os.path.expanduser(model)

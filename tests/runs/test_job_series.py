@@ -232,6 +232,13 @@ def test_checkpoints_that_are_no_series_are_refused(
     assert message in problem_of(tmp_path, models)
 
 
+def test_a_link_to_the_last_checkpoint_is_no_other_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoint-100").mkdir()
+    (tmp_path / "latest").symlink_to("checkpoint-100")
+    assert models_of(job_of(tmp_path, '- "[cl]*"')) == ["checkpoint-100", "latest"]
+
+
 def test_an_epoch_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for epoch in (1, 2):
