@@ -101,6 +101,10 @@ def test_a_folder_that_is_gone_lacks_all(tmp_path: Path) -> None:
     assert missing_part(tmp_path / "gone") == "no config.json"
 
 
+def test_a_folder_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    assert missing_part(tmp_path / ("a" * 300)) == "it cannot be read (File name too long)"
+
+
 def test_a_file_that_grows_has_another_state(tmp_path: Path) -> None:
     folder = write_weights(tmp_path / "step-10")
     before = file_states(folder)

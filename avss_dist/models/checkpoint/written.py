@@ -47,15 +47,13 @@ def missing_part(folder: Path, *, pickles: bool = False) -> str:
             problem = _missing_weights(folder)
         else:
             return "no config.json"
+        if not problem and _lacks_trainer_state(folder):
+            problem = f"no complete {TRAINER_STATE}, which the Trainer writes last"
     except ModelError as error:
         return error.message.removeprefix(f"{folder}/").removesuffix(".")
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
-    if problem:
-        return problem
-    if _lacks_trainer_state(folder):
-        return f"no complete {TRAINER_STATE}, which the Trainer writes last"
-    return ""
+    return problem
 
 
 def _pieces_alone(folder: Path) -> Path | None:
