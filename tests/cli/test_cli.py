@@ -607,4 +607,4 @@ def test_a_list_of_runs_fits_into_the_width(tmp_path: Path, monkeypatch: pytest.
     assert headings[200] == ["model", "corpus", "run", "status", "tokens", "dtype", "created"]
     assert headings[70] == ["model", "corpus", "run"]
     assert set(headings[70]) < set(headings[90]) < set(headings[200])
-    assert len(avss("ls", "-w", tmp_path, "--format", "csv").stdout.splitlines()[0].split(",")) == 9
+    assert len(avss("ls", "-w", tmp_path, "--format", "csv").stdout.splitlines()[0].split(",")) == 10

@@ -414,6 +414,11 @@ def test_a_list_of_runs_of_seeds_has_a_column_of_seeds() -> None:
     assert table["seed"].to_pylist() == [3, 3]
 
 
+def test_a_very_narrow_list_of_runs_has_no_seeds() -> None:
+    _, left_out = runs_list(run_rows(seed=3), 50)
+    assert left_out[-1] == "seed"
+
+
 def test_an_unfinished_run_has_its_stored_shards() -> None:
     table, _ = runs_list(run_rows(status="unfinished", kept_shards=3), 130)
     assert table["status"][0].as_py() == "unfinished, 3 of 16 shards"

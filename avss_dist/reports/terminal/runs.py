@@ -13,7 +13,10 @@ from avss_dist.reports.terminal.tables import BORDER, describe_value
 from avss_dist.warehouse.schema import UNFINISHED
 
 LEAST_TELLING = ("dtype", "tokens", "created")
-"""Columns that are left out where lines are too long, in this order; last the status, if all runs are done."""
+"""Columns that are left out where lines are too long, in this order.
+
+Then follow the status, if all runs are done, and the seed, if one is known.
+"""
 
 HEADINGS = ("model", "corpus", "run", "seed", "status", "tokens", "dtype", "created")
 """Headings in their order. That of seeds is left out where no run has one."""
@@ -45,6 +48,8 @@ def runs_list(table: pa.Table, width: int) -> tuple[pa.Table, list[str]]:
     least_telling = list(LEAST_TELLING)
     if {run["status"] for run in runs} == {"done"}:
         least_telling.append("status")
+    if "seed" in headings:
+        least_telling.append("seed")
     left_out = []
     for heading in least_telling:
         if not _fit(runs, headings, width):
