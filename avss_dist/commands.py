@@ -15,8 +15,6 @@ from avss_dist.core.results import Table, TabularResult
 from avss_dist.core.thresholds import parse_threshold
 from avss_dist.core.validation import keywords
 from avss_dist.core.values import JsonObject, TableRow
-from avss_dist.distillation import distill as distilling
-from avss_dist.distillation.teacher_text import with_own_text
 from avss_dist.evaluation.planned_tasks import seen_by_plan
 from avss_dist.evaluation.repairs import fit_plan
 from avss_dist.models.checkpoint.locate import resolve
@@ -54,6 +52,7 @@ from avss_dist.serving.verify import Verified
 from avss_dist.serving.verify import verify as compare_with_server
 from avss_dist.stats.catalog import GREEDY
 from avss_dist.studies import ablate as ablating
+from avss_dist.studies import distill as distilling
 from avss_dist.studies import evaluate as evaluating
 from avss_dist.studies import shrink as shrinking
 from avss_dist.studies import sparsify as sparsifying
@@ -62,7 +61,7 @@ from avss_dist.studies.search import search
 from avss_dist.warehouse.reader import Warehouse
 
 ablate = keywords(AblateRequest)(ablating.ablate)
-distill = keywords(DistillRequest)(distilling.distill)
+distill = keywords(DistillRequest)(distilling.distill_model)
 estimate = keywords(EstimateRequest)(estimation.estimate)
 evaluate = keywords(EvaluateRequest)(evaluating.evaluate)
 shrink = keywords(ShrinkRequest)(shrinking.shrink)
@@ -247,8 +246,8 @@ def prune(request: PruneRequest) -> Pruned:
     checkpoint = resolve(model, trust_remote_code=request.trust_remote_code)
     fitted = None
     if request.fitted:
-        corpora = with_own_text(request.repair_corpora, checkpoint, request.settings, request.on_event)
-        fitted = fit_plan(request, plan, Repair(by=request.fitted, corpora=corpora, settings=request.settings))
+        repair = Repair(by=request.fitted, corpora=request.repair_corpora, settings=request.settings)
+        fitted = fit_plan(request, plan, repair)
     if warehouse is not None:
         lines = evaluated_lines(Warehouse(warehouse), {"revision": checkpoint.revision}, plan.drop)
         seen = seen_by_plan(plan, Warehouse(warehouse))

@@ -41,6 +41,7 @@ from avss_dist.core.validation import (
     checked,
 )
 from avss_dist.core.watch_end import WatchEndText
+from avss_dist.corpus.seen import SELF
 from avss_dist.models.change.number_formats import format_names, number_format
 from avss_dist.partition.catalog import PARTITIONS, SHARDINGS
 from avss_dist.partition.execution import EXECUTORS, ClusterOptions, Execution, ReplicaRange, Sizes
@@ -305,7 +306,7 @@ class ShrinkRequest(ModelRequest, EvaluationOptions):
     repair: OptionalRepairName = DEFAULT_REPAIR
     """Repair to fit at each cut."""
     repair_corpora: Texts = ()
-    """Other text to fit it on: CORPUS[=WEIGHT], or self."""
+    """Text to fit it on: CORPUS[=WEIGHT], or self for text that the model writes; by default `corpus` and self."""
     tasks: Texts = ()
     """Tasks, as for avss evaluate. By default, part of every text."""
     first: Annotated[Count, RARE] = 0
@@ -341,17 +342,20 @@ class ShrinkRequest(ModelRequest, EvaluationOptions):
 
     @property
     def weighted_repair_texts(self) -> tuple[str, ...]:
-        """Texts that a repair is fitted on, with their weights."""
-        return tuple(self.repair_corpora) or (self.corpus,)
+        """Texts that a repair is fitted on, with their weights, and that of the model itself among them."""
+        return tuple(self.repair_corpora) or (self.corpus, SELF)
 
     @property
     def repair_texts(self) -> list[RedactedURI]:
-        """Texts that a repair is fitted on, without their weights."""
-        return [split_weight(text)[0] for text in self.repair_corpora] or [RedactedURI(self.corpus)]
+        """Texts that a repair is fitted on, without their weights and without text that the model writes itself."""
+        if not self.repair_corpora:
+            return [RedactedURI(self.corpus)]
+        named = [split_weight(text)[0] for text in self.repair_corpora]
+        return [text for text in named if text != SELF]
 
     @property
     def texts(self) -> list[RedactedURI]:
-        """All texts, each once."""
+        """All texts that are divided into parts, each once. Text that the model writes itself is none of them."""
         return list(dict.fromkeys([RedactedURI(self.corpus), *self.repair_texts]))
 
 
@@ -510,8 +514,8 @@ class DistillRequest(ModelOptions, TextOptions, ClusterOptions, WorkRequest):
     """Folder of the new checkpoint; it must not exist, or be empty."""
     corpora: Texts = ()
     """Text to train on: CORPUS or CORPUS=WEIGHT. self=WEIGHT weights the teacher's own text, which has weight 1."""
-    self_texts: Count = 256
-    """Number of texts that the teacher writes to train on; 0 for none."""
+    self_texts: Count | None = None
+    """Number of texts that the teacher writes to train on; by default as many as `tokens` take, 0 for none."""
     watch: Annotated[Texts, RARE] = ()
     """Text that is measured and never trained on."""
     held_out: Annotated[Positive, RARE] = 16

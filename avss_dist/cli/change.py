@@ -22,7 +22,6 @@ from avss_dist.core.suggestions import command_line, option_words
 from avss_dist.core.text import describe_bytes
 from avss_dist.core.values import NewObject, TableRow
 from avss_dist.distillation.distill import Distilled
-from avss_dist.distillation.distill import distill as train
 from avss_dist.planning.precision import plan_precision, predicted_run
 from avss_dist.planning.runs import sparsifiable_run
 from avss_dist.plans.plan import read_plan
@@ -44,6 +43,7 @@ from avss_dist.requests import (
 )
 from avss_dist.serving.verify import verify as compare_with_server
 from avss_dist.stats.catalog import GREEDY
+from avss_dist.studies.distill import distill_model
 from avss_dist.studies.distill_forecast import forecast_distillation
 from avss_dist.studies.sparsify import sparsify as choose_thresholds
 from avss_dist.warehouse.checks import has_head
@@ -144,7 +144,7 @@ def distill(request: DistillCommandRequest, format: str) -> None:
         print_forecast(forecast_distillation(request), format)
         return
     with StepProgress() as progress:
-        distilled = train(replace(request, on_event=progress))
+        distilled = distill_model(replace(request, on_event=progress))
     lines = [f"{distilled.folder}: {describe_bytes(distilled.bytes)} of weights."]
     lines += distilled.record.describe()
     lines += distilled.notes

@@ -10,8 +10,8 @@ from typing import TypeVar
 from avss_dist.core.errors import AvssError, ConfigError
 from avss_dist.core.request import Request
 from avss_dist.core.streams import complain
+from avss_dist.corpus.seen import SELF
 from avss_dist.corpus.sources import require_files
-from avss_dist.distillation.record import SELF
 from avss_dist.models.checkpoint.locate import locate, require_checkpoint
 from avss_dist.pruning.repair.registry import split_weight
 from avss_dist.read_requests import RunRequest

@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from avss_dist.corpus.shards import CorpusPlan
 
 
+SELF = "self"
+"""Name of the text that a model writes itself. It is held out from nothing, as the model may know any text by heart."""
+
+
+def describe_corpus(corpus: str) -> str:
+    """Return the name of a text for people."""
+    return "text that the whole model wrote" if corpus == SELF else corpus
+
+
 @dataclass(frozen=True)
 class Use:
     """A way of reading a text.
@@ -90,7 +99,7 @@ class SeenText(TextOptions):
 
     def describe(self) -> str:
         """Return the end of a sentence that begins with a text: ``the scores of RUN were measured on (FILE)``."""
-        return f"{USES[self.use].sentence.format(self.by)} ({self.corpus})"
+        return f"{USES[self.use].sentence.format(self.by)} ({describe_corpus(self.corpus)})"
 
     def is_of(self, text: CorpusPlan) -> bool:
         """Whether a text that was read with the same options is unchanged, as far as is known."""
@@ -126,6 +135,8 @@ def seen_text(text: CorpusPlan, settings: Settings, use: str, by: str = "") -> S
         use, by: see `SeenText`.
     """
     options = settings.text_options() | {"max_sequences": text.num_sequences}
+    if text.source == SELF:
+        options["skip_sequences"] = 0
     return SeenText(
         use=use,
         by=by,

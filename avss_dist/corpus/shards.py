@@ -20,7 +20,7 @@ from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.documents import Answer, Document, Tokenizer, chat_template, truthfulqa_choices
 from avss_dist.corpus.pairs import Pairing, join, num_whole, paired_rows, rows_of_pairs
-from avss_dist.corpus.sources import json_records, open_source
+from avss_dist.corpus.sources import Source, json_records, open_source
 from avss_dist.corpus.tokens import (
     Ids,
     ReadCounts,
@@ -148,16 +148,23 @@ def tokenize_corpus(
     tokenizer: Tokenizer,
     settings: Settings,
 ) -> CorpusPlan:
-    """Read, tokenize and shard a corpus, as far as ``settings.max_sequences`` rows need, or all of it with a seed.
+    """Read, tokenize and shard a corpus by its name. See `tokenize_source`."""
+    return tokenize_source(source, open_source(source), tokenizer, settings)
+
+
+def tokenize_source(source: str, opened: Source, tokenizer: Tokenizer, settings: Settings) -> CorpusPlan:
+    """Read, tokenize and shard a source, as far as ``settings.max_sequences`` rows need, or all of it with a seed.
 
     Rows are skipped in the shuffled order if there is a seed.
+
+    Args:
+        source: name of the source.
 
     Raises:
         CorpusError: the source cannot be read, holds no text, or is too short for one row; or the tokenizer has no
             chat template, and one is requested.
     """
     template = chat_template(tokenizer) if settings.chat_template else None
-    opened = open_source(source)
     counts = ReadCounts()
     if opened.answers:
         rows = _rows_of_answers(opened.answers(), source, tokenizer, settings)

@@ -54,7 +54,7 @@ from avss_dist.distillation.record import (
     RecordedText,
     read_record,
 )
-from avss_dist.distillation.texts import DistillText, read_texts
+from avss_dist.distillation.texts import DistillText, OpenWriter, read_texts
 from avss_dist.models.checkpoint.loading import load_model, quiet
 from avss_dist.models.checkpoint.weight_files import weight_files
 from avss_dist.partition.group import rank_and_size, share
@@ -131,11 +131,14 @@ class Distilled(TabularResult):
         return f"{self.folder}, {self.record.after.tokens:,} tokens"
 
 
-def distill(request: DistillRequest) -> Distilled:
+def distill(request: DistillRequest, open_writer: OpenWriter) -> Distilled:
     """Train a student on the predictions of a teacher, and write it as a checkpoint.
 
     See `requests.DistillRequest`. The work so far is kept in a folder beside the output, from which the same request
     resumes.
+
+    Args:
+        open_writer: opens what writes text of the teacher, if some is to be trained on.
 
     Raises:
         ConfigError: the models have different vocabularies, there is too little memory, held-out text is trained on, or
@@ -146,7 +149,7 @@ def distill(request: DistillRequest) -> Distilled:
     """
     with quiet(), warnings.catch_warnings(), open_ranks(request) as executor:
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
-        return _distill(request, executor, Path(request.output), request.on_event or ignore)
+        return _distill(request, open_writer, executor, request.on_event or ignore)
 
 
 def open_ranks(request: DistillRequest) -> AbstractContextManager[RayExecutor | None]:
@@ -165,7 +168,10 @@ def open_ranks(request: DistillRequest) -> AbstractContextManager[RayExecutor | 
     return closing(RayExecutor(request.execution, request.settings))
 
 
-def _distill(request: DistillRequest, executor: RayExecutor | None, output: Path, on_event: OnEvent) -> Distilled:
+def _distill(
+    request: DistillRequest, open_writer: OpenWriter, executor: RayExecutor | None, on_event: OnEvent
+) -> Distilled:
+    output = Path(request.output)
     work = work_folder(output)
     is_written = was_written(output)
     models, memory = require_possible(request, executor)
@@ -173,7 +179,7 @@ def _distill(request: DistillRequest, executor: RayExecutor | None, output: Path
     with explain_unwritable(output, "Name another folder with `output`, or free some space."):
         _begin_work(work, request, models)
         if not is_written:
-            texts = read_texts(request, models, work, on_event)
+            texts = read_texts(request, models, open_writer, on_event)
             _require_same_texts(work, texts)
             task = DistillTask(request, models, texts, work, output)
             if executor:

@@ -16,15 +16,13 @@ from avss_dist.core.settings import Settings
 from avss_dist.core.text import describe_rows, escape_markdown
 from avss_dist.core.validation import Count, Positive, RedactedText, checked
 from avss_dist.core.values import TableRow
-from avss_dist.corpus.seen import DISTILLATION, SeenText
+from avss_dist.corpus.seen import DISTILLATION, SELF, SeenText
 from avss_dist.distillation.curve import NO_IMPROVEMENT, CurvePoint, Number
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.plans.seen import read_seen
 from avss_dist.pruning.repair.registry import read_repairs
 
 FILE = "avss_distill.json"
-SELF = "self"
-"""Name of the text that the teacher writes."""
 _EVALUATED = re.compile(r"^- Evaluated: (.*)\n", re.MULTILINE)  # of the card of the student
 CARD_END = "\nWritten by avss_dist.\n"
 

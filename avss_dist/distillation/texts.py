@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from avss_dist.core.devices import pick_device
 from avss_dist.core.errors import ConfigError, NoRows
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI, basename
 from avss_dist.corpus.documents import Tokenizer
 from avss_dist.corpus.overlap import MAX_SHARED, read_again, shared_text
-from avss_dist.corpus.seen import TRAINED_ON, distinct
-from avss_dist.corpus.shards import Batch, CorpusPlan, Shard, tokenize_corpus
-from avss_dist.corpus.sources import open_source
+from avss_dist.corpus.own_text import OwnText
+from avss_dist.corpus.seen import SELF, TRAINED_ON, distinct
+from avss_dist.corpus.shards import Batch, CorpusPlan, Shard, tokenize_corpus, tokenize_source
+from avss_dist.corpus.sources import Source, open_source
 from avss_dist.distillation.curve import OnEvent, Preparing
 from avss_dist.distillation.loss import NOT_COUNTED
 from avss_dist.distillation.pair import ModelPair
-from avss_dist.distillation.record import SELF, seen_by_checkpoint
-from avss_dist.distillation.teacher_text import teacher_text
+from avss_dist.distillation.record import seen_by_checkpoint
 from avss_dist.models.checkpoint.loading import load_tokenizer
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.predictions import predicted
@@ -35,6 +35,9 @@ from avss_dist.pruning.repair.registry import split_weight
 if TYPE_CHECKING:
     from avss_dist.requests import DistillRequest
 
+
+MOST_ROWS = 4096
+"""Rows of the teacher's text, at most. A longer training draws them again, as writing takes longer than reading."""
 
 Example = dict[str, torch.Tensor]
 
@@ -59,12 +62,12 @@ class DistillText:
 
 
 def read_trained(
-    corpus: str, name: str, weight: float, tokenizer: Tokenizer, settings: Settings, held_out: int
+    corpus: str | Source, name: str, weight: float, tokenizer: Tokenizer, settings: Settings, held_out: int
 ) -> DistillText:
     """Read a text to train on. Its first ``held_out`` rows are held out.
 
     Args:
-        corpus: the source.
+        corpus: the source, or its name.
         name: name of the text.
         settings: ``max_sequences`` is the maximum number of rows, held-out ones included.
 
@@ -72,9 +75,10 @@ def read_trained(
         CorpusError: the text cannot be read or has no row to train on.
         ConfigError: it is paired text.
     """
+    source = open_source(corpus) if isinstance(corpus, str) else corpus
     maximum = None if settings.max_sequences is None else settings.max_sequences - held_out
     problems = []
-    if open_source(corpus).answers:
+    if source.answers:
         message = f"{name} is paired text, which distillation cannot train on."
         problems.append(ConfigError(message, "Name it with `watch`."))
     if maximum is not None and maximum < 1:
@@ -82,10 +86,11 @@ def read_trained(
         problems.append(ConfigError(message, "Raise `max_sequences`, or lower `held_out`."))
     if problems:
         raise ConfigError.combine(problems)
-    measured = tokenize_corpus(corpus, tokenizer, replace(settings, max_sequences=held_out))
+    measured = tokenize_source(name, source, tokenizer, replace(settings, max_sequences=held_out))
     skipped = settings.skip_sequences + measured.num_sequences
     try:
-        rows = tokenize_corpus(corpus, tokenizer, replace(settings, max_sequences=maximum, skip_sequences=skipped))
+        remaining = replace(settings, max_sequences=maximum, skip_sequences=skipped)
+        rows = tokenize_source(name, source, tokenizer, remaining)
     except NoRows as error:
         hint = "Name a longer text, or lower `held_out`."
         if name == SELF:
@@ -210,13 +215,31 @@ def as_examples(batch: Batch) -> Example:
     }
 
 
-def read_texts(request: DistillRequest, models: ModelPair, work: Path, on_event: OnEvent) -> list[DistillText]:
+class TeacherWriter(Protocol):
+    """Writes text of the teacher. See `evaluation.own_text.OwnTextWriter`."""
+
+    def write_texts(self, count: int) -> OwnText:
+        """Return so many texts."""
+        ...
+
+    def write_rows(self, count: int) -> OwnText:
+        """Return texts that have so many rows together."""
+        ...
+
+
+OpenWriter = Callable[[], AbstractContextManager[TeacherWriter]]
+"""Function that opens what writes text of the teacher."""
+
+
+def read_texts(
+    request: DistillRequest, models: ModelPair, open_writer: OpenWriter, on_event: OnEvent
+) -> list[DistillText]:
     """Read all texts: those to train on, the teacher's own, and those to watch."""
     on_event(Preparing("reading"))
     tokenizer = load_tokenizer(models.student)
     weighted = [split_weight(corpus) for corpus in request.corpora]
-    weights = {str(corpus): weight for corpus, weight in weighted}
-    if len(weights) < len(weighted):
+    names = {str(corpus) for corpus, _ in weighted}
+    if len(names) < len(weighted):
         raise ConfigError("`corpora` names a text twice.", "Name it once, with a weight: CORPUS=2.")
     settings = models.settings
     texts = []
@@ -224,9 +247,9 @@ def read_texts(request: DistillRequest, models: ModelPair, work: Path, on_event:
         if corpus != SELF:
             texts.append(read_trained(corpus.full, str(corpus), weight, tokenizer, settings, request.held_out))
     watched = [read_watched(corpus, tokenizer, settings, request.held_out) for corpus in request.watch]
-    if request.self_texts:
-        weight = weights.get(SELF, 1.0)
-        texts.append(_read_teacher_text(request, models, weight, tokenizer, work, on_event))
+    if request.self_texts != 0:
+        share = share_of_teacher(request, texts)
+        texts.append(_read_teacher_text(request, settings, share, tokenizer, open_writer))
     if not texts:
         raise ConfigError("There is no text to train on.", "Name some with `corpora`, or set `self_texts` above 0.")
     texts = with_labels([*texts, *watched])
@@ -237,19 +260,55 @@ def read_texts(request: DistillRequest, models: ModelPair, work: Path, on_event:
 
 
 def _read_teacher_text(
-    request: DistillRequest, models: ModelPair, weight: float, tokenizer: Tokenizer, work: Path, on_event: OnEvent
+    request: DistillRequest,
+    settings: Settings,
+    share: float,
+    tokenizer: Tokenizer,
+    open_writer: OpenWriter,
 ) -> DistillText:
-    """Read the text that the teacher writes on this machine."""
-    file = teacher_text(
-        models.teacher,
-        replace(models.teacher_settings, device=pick_device(request.settings.device).type),
-        count=request.self_texts,
-        seed=request.seed,
-        work=work,
-        on_event=on_event,
-    )
-    all_rows = replace(models.settings, chat_template=False, max_sequences=None, skip_sequences=0)
-    return read_trained(f"{file}:text", SELF, weight, tokenizer, all_rows, request.held_out)
+    """Read the text that the teacher writes: as many texts as are requested, or else as many as training draws rows.
+
+    Args:
+        share: share of the mix.
+    """
+    rows = None
+    with open_writer() as writer:
+        if request.self_texts is None:
+            rows = rows_of_teacher(request, settings, share)
+            own = writer.write_rows(rows)
+        else:
+            own = writer.write_texts(request.self_texts)
+    reading = replace(settings, chat_template=False, shuffle_seed=None, max_sequences=rows, skip_sequences=0)
+    return read_trained(own.source, SELF, _weight_of_teacher(request), tokenizer, reading, request.held_out)
+
+
+def _weight_of_teacher(request: DistillRequest) -> float:
+    """Return the weight of the teacher's text, which is 1 unless the corpora name it with another."""
+    for weighted in request.corpora:
+        corpus, weight = split_weight(weighted)
+        if corpus == SELF:
+            return weight
+    return 1.0
+
+
+def share_of_teacher(request: DistillRequest, texts: Sequence[DistillText]) -> float:
+    """Return the share of the teacher's text in the mix.
+
+    Args:
+        texts: the other texts.
+    """
+    weight = _weight_of_teacher(request)
+    return weight / (weight + sum(text.weight for text in texts))
+
+
+def rows_of_teacher(request: DistillRequest, settings: Settings, share: float) -> int:
+    """Return the number of rows of the teacher's text: those that are held out, and those that training draws.
+
+    Args:
+        share: share of the mix.
+    """
+    drawn = math.ceil(share * request.tokens / settings.sequence_length)
+    return request.held_out + min(drawn, MOST_ROWS)
 
 
 def _trained_rows(texts: Sequence[DistillText]) -> Iterator[tuple[str, Sequence[Shard]]]:
@@ -263,4 +322,6 @@ def _earlier_text(student: Checkpoint, tokenizer: Tokenizer) -> Iterator[tuple[s
     """Yield the rows that repairs and an earlier distillation of the student have changed its weights for."""
     trained_on = [text for text in seen_by_checkpoint(student) if text.use in TRAINED_ON]
     for text in distinct(trained_on):
+        if text.corpus == SELF:
+            continue
         yield text.describe(), read_again(text, tokenizer, text.corpus).shards

@@ -12,30 +12,24 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from avss_dist.core.errors import WarehouseError
 from avss_dist.core.results import TabularResult
 from avss_dist.core.settings import Settings
 from avss_dist.corpus.shards import Shard
 from avss_dist.evaluation.events import MemoryNeeded, OnEvent
 from avss_dist.evaluation.memory import estimate_memory
+from avss_dist.evaluation.pace import PastSpeed
 from avss_dist.evaluation.placed import PlacedModel
 from avss_dist.evaluation.repairs import FitRepair
 from avss_dist.evaluation.session import EvaluationSession
 from avss_dist.models.checkpoint.loading import text_config
-from avss_dist.partition.choose import size_of
 from avss_dist.partition.execution import Execution
 from avss_dist.runs.local import open_executor
-from avss_dist.runs.past_speed import finished_rows, is_same_kind, replica_speed, run_of_shape
-from avss_dist.stats.metrics import LOSS
 from avss_dist.tasks.backward import BackwardMeasure
 from avss_dist.tasks.map_damage import RoundedLosses
 from avss_dist.tasks.shapley import Shapley
 from avss_dist.tasks.task import Cell, Measure
 from avss_dist.tasks.text_loss import ContinuePrompt, LeaveOneOut
-from avss_dist.warehouse.names import PERPLEXITY
-from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.store import Store
 
 BACKWARD = 2
@@ -114,52 +108,6 @@ def forecasting(
     """Open a session that plans, and neither creates the warehouse nor measures anything."""
     with closing(open_executor(execution, settings)) as executor:
         yield EvaluationSession(Store(warehouse), executor, execution, on_event, settings)
-
-
-@dataclass(frozen=True)
-class PastSpeed:
-    """Tokens per second of one forward pass of a model, and what they were measured by."""
-
-    tokens_per_second: float
-    reference: str
-
-
-def past_speed(session: EvaluationSession, model: PlacedModel) -> PastSpeed | None:
-    """Return the speed of a model by what a warehouse has: stored losses of it, or else a run of the same shape."""
-    warehouse = Warehouse(session.store.root.full)
-    kind = session.executor.devices.kind
-    speed = _speed_of_losses(warehouse, model, kind)
-    if speed is not None:
-        return speed
-    size = size_of(model.checkpoint, model.settings)
-    if size is None:
-        return None
-    run = run_of_shape(finished_rows(warehouse), size, model.placement.partition, kind)
-    if run is None:
-        return None
-    return PastSpeed(replica_speed(run), run["run_id"])
-
-
-def _speed_of_losses(warehouse: Warehouse, model: PlacedModel, kind: str) -> PastSpeed | None:
-    """Return the speed of the stored losses of a checkpoint on a kind of device, or None without any."""
-    columns = ["run_id", "task", "metric", "device", "seconds", "weights"]
-    try:
-        of_model = pc.field("revision") == model.checkpoint.revision
-        rows = warehouse.table("cells", columns=columns, where=of_model).to_pylist()
-    except WarehouseError:  # there is none yet
-        return None
-    tokens = 0.0
-    seconds = 0.0
-    reference = ""
-    for row in rows:
-        is_loss = row["metric"] == LOSS and row["task"].startswith(PERPLEXITY)
-        if is_loss and is_same_kind(row["device"], kind) and row["seconds"]:
-            tokens += sum(row["weights"])
-            seconds += row["seconds"]
-            reference = row["run_id"]
-    if not seconds:
-        return None
-    return PastSpeed(tokens / seconds, reference)
 
 
 def forecast_step(

@@ -11,7 +11,7 @@ from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.corpus.documents import Tokenizer, chat_template
 from avss_dist.corpus.overlap import MAX_SHARED, SHORTEST, plain_text, read_again, shared_text
-from avss_dist.corpus.seen import SeenText, distinct, seen_text
+from avss_dist.corpus.seen import SELF, SeenText, distinct, seen_text
 from avss_dist.corpus.shards import CorpusPlan, Shard, tokenize_choices, tokenize_corpus, with_other_start
 from avss_dist.distillation.record import seen_by_checkpoint
 from avss_dist.evaluation.placed import PlacedModel, PlannedTask
@@ -151,6 +151,8 @@ def earlier_texts(
 ) -> list[EarlierText]:
     """Return texts that were read before, whose rows are read again when they are compared. Equal rows count once.
 
+    Text that the model wrote itself is not among them.
+
     Args:
         names: corpora that may be among them, with the keys of their URIs, which records do not have.
     """
@@ -160,6 +162,8 @@ def earlier_texts(
         with_keys[str(uri)] = uri.full
     earlier = []
     for text in distinct(seen):
+        if text.corpus == SELF:
+            continue
         corpus = with_keys.get(text.corpus, text.corpus)
         earlier_text = EarlierText(
             use=text.describe(),
@@ -293,6 +297,8 @@ def refuse_overlaps(
     fitted = []
     fits = []
     for text in texts:
+        if text.source == SELF:
+            continue
         earlier = EarlierText(
             use=f"{use} ({text.source})",
             rows_end=skipped + text.num_sequences,

@@ -21,8 +21,10 @@ from avss_dist.core.intervention import NO_INTERVENTION, EncodedPatch, Intervent
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI
 from avss_dist.core.values import NewObject
+from avss_dist.corpus.seen import SELF
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.evaluation.limits import require_partition
+from avss_dist.evaluation.own_text import OwnTextWriter, keeping_in_cache, require_writable, rows_of_own_text
 from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import plan_text
 from avss_dist.evaluation.session import EvaluationSession
@@ -135,13 +137,20 @@ def copies_of(placement: Placement, settings: Settings, session: EvaluationSessi
 
 
 def plan_fits(
-    model: PlacedModel, layers: str, repairs: Iterable[str], corpora: Sequence[str], copies: int = 1, **reading: Any
+    model: PlacedModel,
+    layers: str,
+    repairs: Iterable[str],
+    corpora: Sequence[str],
+    own_text: OwnTextWriter,
+    copies: int = 1,
+    **reading: Any,
 ) -> dict[str, PlannedTask]:
     """Return the task of fitting each of several repairs of a checkpoint, by the name of the repair.
 
     Args:
         layers: module path of the layer list.
         corpora: texts to fit them on, with their weights; see `pruning.repair.repair.Repair`.
+        own_text: writes the text of the model itself, if it is among them: as many rows as the longest other one has.
         copies: number of model copies that share the text of one fit, for a single fit with several workers.
         reading: `TextOptions` in place of the model's.
 
@@ -157,10 +166,7 @@ def plan_fits(
             f"'{checkpoint.name}' is a .gguf file.", "Repair the safetensors checkpoint that it was made from."
         )
     require_changeable(model.placement.partition)
-    texts = []
-    for weighted in corpora:
-        corpus, _ = split_weight(weighted)
-        texts.append(plan_text(checkpoint, corpus, settings))
+    texts = _read_texts(model, corpora, own_text, settings)
     batches = sum(text.num_batches(settings.batch_size) for text in texts)
     placement = with_copies(model.placement, min(copies, batches))
     model = replace(model, settings=settings, placement=placement)
@@ -168,9 +174,23 @@ def plan_fits(
     fits = {}
     for by in repairs:
         repair = Repair(by=by, corpora=tuple(corpora), settings=settings)
-        fit = FitRepair(repair=repair, layers=layers, texts=tuple(texts))
+        fit = FitRepair(repair=repair, layers=layers, texts=texts)
         fits[by] = model.plan(Task(name=f"{REPAIR}{by}:{names}", parts=(fit,)))
     return fits
+
+
+def _read_texts(
+    model: PlacedModel, corpora: Sequence[str], own_text: OwnTextWriter, settings: Settings
+) -> tuple[CorpusPlan, ...]:
+    """Return the rows of texts that repairs are fitted on, in order."""
+    names = [split_weight(weighted)[0] for weighted in corpora]
+    texts = [plan_text(model.checkpoint, name, settings) for name in names if name != SELF]
+    if SELF in names:
+        own_rows = own_text.read_rows(rows_of_own_text(texts, settings.max_sequences), settings)
+        for place, name in enumerate(names):
+            if name == SELF:
+                texts.insert(place, own_rows)
+    return tuple(texts)
 
 
 def fit_of(planned: PlannedTask) -> FitRepair:
@@ -283,11 +303,13 @@ def fit_plan(request: PruneRequest, plan: Plan, repair: Repair) -> Repaired:
         EvaluationSession.open(warehouse, settings, execution, request.on_event) as session,
     ):
         model = session.place(checkpoint, settings)
-        fit = plan_fits(model, plan.layers, [repair.by], repair.corpora)[repair.by]
+        require_writable(model, repair.corpora)
+        own_text = OwnTextWriter(session if request.warehouse else keeping_in_cache(session), model)
+        fit = plan_fits(model, plan.layers, [repair.by], repair.corpora, own_text)[repair.by]
         copies = copies_of(model.placement, model.settings, session)
         (cell,) = fit.cells([plan.intervention])
         # A fit by one copy that is stored is read: another number of copies has other last digits.
         if copies > 1 and not session.is_known(cell):
-            fit = plan_fits(model, plan.layers, [repair.by], repair.corpora, copies)[repair.by]
+            fit = plan_fits(model, plan.layers, [repair.by], repair.corpora, own_text, copies)[repair.by]
         patches = fit_repairs(session, [(fit, [plan.drop])])
         return read_repaired(patches[fit, plan.drop])

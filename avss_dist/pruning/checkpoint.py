@@ -26,6 +26,7 @@ from avss_dist.core.intervention import Removals, count_removed
 from avss_dist.core.settings import Settings
 from avss_dist.core.text import basename, describe_layers, describe_rows, escape_markdown, printable
 from avss_dist.core.values import JsonObject, NewObject
+from avss_dist.corpus.seen import describe_corpus
 from avss_dist.models.change.experts import require_experts
 from avss_dist.models.change.patches import Patch, patch_changes
 from avss_dist.models.change.removal import removal_changes
@@ -368,7 +369,7 @@ def _chosen_on(plan: Plan) -> Iterator[str]:
         rows = "all rows"
         if text.max_sequences is not None:
             rows = describe_rows(text.skip_sequences, text.max_sequences)
-        yield f"Chosen on {text.corpus} ({rows})."
+        yield f"Chosen on {describe_corpus(text.corpus)} ({rows})."
 
 
 def _describe_changes(plan: Plan, repair: RepairRecord | None) -> str:

@@ -20,6 +20,7 @@ from avss_dist.core.text import RedactedURI, basename, docs_page
 from avss_dist.core.validation import Location, check
 from avss_dist.core.values import NewObject
 from avss_dist.core.yaml_files import Document, YamlKind, read_yaml
+from avss_dist.corpus.seen import SELF
 from avss_dist.corpus.sources import corpus_problems, require_files
 from avss_dist.models.checkpoint.locate import list_revisions, matching_revisions
 from avss_dist.models.checkpoint.training import TrainingPoint, explain_no_step
@@ -399,7 +400,9 @@ class _Reader:
                 self.document.report(("experiment", "tasks", index), str(error))
         for index, corpus in enumerate(experiment.repair_corpora):
             try:
-                require_files(split_weight(corpus)[0].full)
+                name = split_weight(corpus)[0]
+                if name != SELF:
+                    require_files(name.full)
             except AvssError as error:
                 self.document.report(("experiment", "repair_corpora", index), str(error))
 

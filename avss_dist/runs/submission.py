@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from avss_dist.core.errors import AvssError, ConfigError, RunFailed, without_secrets
 from avss_dist.core.process import UMASK, current_umask
 from avss_dist.core.suggestions import command_line
+from avss_dist.corpus.seen import SELF
 from avss_dist.corpus.sources import local_files
 from avss_dist.pruning.repair.registry import split_weight
 from avss_dist.runs.job_file import JobFile
@@ -317,7 +318,9 @@ def _local_files(job: JobFile) -> list[str]:
         add_files(local_files, text, f"line {line}")
     if job.experiment:
         for weighted_text in job.experiment.repair_corpora:
-            add_files(local_files, split_weight(weighted_text)[0], "repair_corpora")
+            name = split_weight(weighted_text)[0]
+            if name != SELF:
+                add_files(local_files, name, "repair_corpora")
         for task in job.experiment.tasks:
             add_files(task_files, task, "tasks")
     if problems:

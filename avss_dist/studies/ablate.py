@@ -30,9 +30,10 @@ from avss_dist.core.values import NewRow, TableRow
 from avss_dist.corpus.seen import ABLATION, PRECISION, seen_text
 from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.distillation.curve import Preparing
-from avss_dist.evaluation.forecast import Forecast, forecast_memory, forecast_step, forecasting, past_speed
+from avss_dist.evaluation.forecast import Forecast, forecast_memory, forecast_step, forecasting
 from avss_dist.evaluation.limits import require_intended, require_listable, require_partition
 from avss_dist.evaluation.memory import estimate_memory
+from avss_dist.evaluation.pace import past_speed
 from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import plan_text
 from avss_dist.evaluation.session import EvaluationSession

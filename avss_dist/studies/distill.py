@@ -1,11 +1,12 @@
-"""Distillation as the last step of shrinking, with the work beside the output."""
+"""Distillation, alone or as the last step of shrinking, with the work beside the output."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from avss_dist.core.errors import ConfigError, RunFailed, explain_unwritable
@@ -14,16 +15,38 @@ from avss_dist.core.settings import ModelOptions, TextOptions
 from avss_dist.core.text import RedactedURI
 from avss_dist.core.values import NewObject
 from avss_dist.distillation.curve import DIVERGED, OnEvent
-from avss_dist.distillation.distill import distill
+from avss_dist.distillation.distill import Distilled, distill
 from avss_dist.distillation.memory import estimate_memory, require_memory, without_layers
 from avss_dist.distillation.pair import resolve_pair
 from avss_dist.distillation.record import DistillRecord, read_record, write_card
-from avss_dist.distillation.teacher_text import has_own_text
+from avss_dist.distillation.texts import OpenWriter
+from avss_dist.evaluation.own_text import OwnTextWriter, cache_of_own_text
+from avss_dist.evaluation.session import EvaluationSession
 from avss_dist.models.checkpoint.locate import Checkpoint, resolve
 from avss_dist.models.checkpoint.size import footprint
 from avss_dist.requests import DistillRequest, ShrinkRequest
 from avss_dist.stats.catalog import LOWEST_SHARE
 from avss_dist.stats.rankings import count_lowest
+
+
+def distill_model(request: DistillRequest) -> Distilled:
+    """Train a student on the predictions of a teacher, and write it as a checkpoint.
+
+    Text that the teacher writes itself is kept in the user's cache.
+
+    Raises:
+        AvssError: see `distillation.distill.distill`.
+    """
+    return distill(request, partial(teacher_writer, request))
+
+
+@contextmanager
+def teacher_writer(request: DistillRequest) -> Iterator[OwnTextWriter]:
+    """Open what writes text of the teacher of a distillation on this machine, and keeps it in the user's cache."""
+    settings = request.settings
+    checkpoint = resolve(str(request.teacher), trust_remote_code=settings.trust_remote_code)
+    with EvaluationSession.open(cache_of_own_text(), settings, on_event=request.on_event) as session:
+        yield OwnTextWriter(session, session.place(checkpoint), seed=request.seed)
 
 
 def require_distillable(request: ShrinkRequest, checkpoint: Checkpoint) -> None:
@@ -63,12 +86,20 @@ def require_distillable(request: ShrinkRequest, checkpoint: Checkpoint) -> None:
 
 
 def distill_student(
-    request: ShrinkRequest, student: Path, *, skip: int, held_out: int, rows: int, on_event: OnEvent
+    request: ShrinkRequest,
+    student: Path,
+    open_writer: OpenWriter,
+    *,
+    skip: int,
+    held_out: int,
+    rows: int,
+    on_event: OnEvent,
 ) -> tuple[Path, DistillRecord]:
     """Distill a student, or find an earlier result of the same request, and return its folder and record.
 
     Args:
         student: its folder.
+        open_writer: opens what writes text of the whole model.
         skip: rows of each text that distillation does not read.
         held_out: rows after them that are only measured.
         rows: maximum number of rows of each text, the skipped ones included.
@@ -92,7 +123,7 @@ def distill_student(
         shutil.rmtree(folder, ignore_errors=True)
         try:
             training = _distill_request(request, student, folder, {**reading, "on_event": on_event})
-            record = distill(training).record
+            record = distill(training, open_writer).record
         except RunFailed as error:
             raise RunFailed(
                 f"{error.message} The checkpoint before distillation is in {student}.",
@@ -126,9 +157,6 @@ def _distill_request(request: ShrinkRequest, student: str | Path, output: Path, 
         options: fields in place of those of the request.
     """
     assert request.distill_tokens is not None
-    if has_own_text(request.repair_corpora):
-        # The model's own text is among the corpora, whose rows are divided as those of other texts.
-        options = {**options, "self_texts": 0}
     return DistillRequest(
         str(student),
         teacher=request.model,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from functools import partial
 
 from avss_dist.core.devices import devices_here
+from avss_dist.core.settings import Settings
 from avss_dist.distillation.curve import ignore
 from avss_dist.distillation.distill import open_ranks, require_possible, require_same_request, schedule_of
 from avss_dist.distillation.memory import Memory
-from avss_dist.distillation.texts import DistillText, read_texts
+from avss_dist.distillation.texts import DistillText, read_texts, rows_of_teacher, share_of_teacher
 from avss_dist.evaluation.events import MemoryNeeded
 from avss_dist.evaluation.forecast import Forecast, ForecastStep
+from avss_dist.evaluation.own_text import TEXTS_OF_BATCH
 from avss_dist.requests import DistillRequest
+from avss_dist.studies.distill import teacher_writer
 from avss_dist.studies.shrink_forecast import TRAINING_PASSES
 
 PASSES_OF_EVALUATION = 2
@@ -33,17 +36,18 @@ def forecast_distillation(request: DistillRequest) -> Forecast:
         if resumes:
             notes.append("It goes on from the work beside the output, so that less is left.")
         texts: list[DistillText] = []
-        if request.corpora or request.watch or not request.self_texts:
+        has_own_text = request.self_texts != 0
+        if request.corpora or request.watch or not has_own_text:
             # The teacher's own text would have to be written first.
-            with TemporaryDirectory() as work:
-                texts = read_texts(replace(request, self_texts=0), models, Path(work), ignore)
-        if request.self_texts:
-            notes.append(f"The teacher writes {request.self_texts:,} texts first, which are not part of this.")
+            texts = read_texts(replace(request, self_texts=0), models, partial(teacher_writer, request), ignore)
         schedule = schedule_of(request, models)
     length = models.settings.sequence_length
+    steps = []
+    if has_own_text:
+        steps.append(_writing(request, models.settings, texts))
     held_out = sum(text.held_out.num_sequences for text in texts)
     evaluations = schedule.evaluations + 2  # before training, and of the written checkpoint
-    steps = [
+    steps += [
         ForecastStep(
             step="training",
             evaluations=schedule.steps,
@@ -58,6 +62,21 @@ def forecast_distillation(request: DistillRequest) -> Forecast:
         ),
     ]
     return Forecast(steps=steps, memory=_memory_needed(memory, models.device.type), notes=notes)
+
+
+def _writing(request: DistillRequest, settings: Settings, texts: Sequence[DistillText]) -> ForecastStep:
+    """Return the step in which the teacher writes text, all of which is taken to be missing.
+
+    Args:
+        texts: the other texts.
+    """
+    count = request.self_texts or rows_of_teacher(request, settings, share_of_teacher(request, texts))
+    return ForecastStep(
+        step="text that the teacher writes",
+        evaluations=count,
+        passes=settings.sequence_length * -(-count // TEXTS_OF_BATCH[settings.device]),
+        tokens=count * settings.sequence_length,
+    )
 
 
 def _memory_needed(memory: Memory, device: str) -> MemoryNeeded:

@@ -19,7 +19,8 @@ from avss_dist.core.settings import Settings
 from avss_dist.core.text import RedactedURI, basename
 from avss_dist.core.values import NewRow
 from avss_dist.evaluation.events import OnEvent, Remark
-from avss_dist.evaluation.forecast import Forecast, forecast_memory, forecast_step, forecasting, larger, past_speed
+from avss_dist.evaluation.forecast import Forecast, forecast_memory, forecast_step, forecasting, larger
+from avss_dist.evaluation.pace import past_speed
 from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import plan_task, refuse_seen, row_start_task
 from avss_dist.evaluation.session import EvaluationSession, results_under

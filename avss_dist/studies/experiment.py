@@ -23,6 +23,7 @@ from avss_dist.corpus.seen import ABLATION, SeenText
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.distillation.curve import ignore
 from avss_dist.evaluation.events import Remark
+from avss_dist.evaluation.own_text import OwnTextWriter, require_writable
 from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import earlier_texts, plan_task, plan_text_task, refuse_overlaps
 from avss_dist.evaluation.repairs import Patches, fit_of, fit_repairs, plan_fits, repaired_removal, require_changeable
@@ -143,7 +144,7 @@ class Trial:
             measured_by=self.measured_by,
         )[:20]
 
-    def plan(self, tasks: Sequence[str], *, allow_overlap: bool) -> None:
+    def plan(self, session: EvaluationSession, tasks: Sequence[str], *, allow_overlap: bool) -> None:
         """Plan evaluations and fits. Texts of both and of the scores that overlap are refused."""
         experiment = self.experiment
         evaluated = self.model.reading(max_sequences=experiment.max_sequences, skip_sequences=experiment.skip_sequences)
@@ -157,11 +158,13 @@ class Trial:
             )
         fitted_on: Sequence[CorpusPlan] = ()
         if experiment.fitted:
+            require_writable(self.model, experiment.repair_corpora)
             self.fits = plan_fits(
                 self.model,
                 self.layers.list_path(),
                 experiment.fitted,
                 experiment.repair_corpora,
+                OwnTextWriter(session, self.model),
                 max_sequences=experiment.repair_max_sequences,
                 skip_sequences=experiment.repair_skip_sequences,
             )
@@ -290,7 +293,7 @@ def run_experiment(job: JobFile, request: RunJobRequest) -> tuple[list[Run], lis
                 trials.append(Trial.of_run(run, spec, experiment, warehouse, session))
         tasks = [RedactedURI(task) for task in experiment.tasks]
         for trial in trials:
-            trial.plan(tasks, allow_overlap=request.allow_overlap)
+            trial.plan(session, tasks, allow_overlap=request.allow_overlap)
         if experiment.leave_one_out:
             _leave_one_out(trials, session)
         for trial in trials:

@@ -14,6 +14,7 @@ from avss_dist.core.values import NewObject, TableRow
 from avss_dist.corpus import seen
 from avss_dist.corpus.seen import SeenText
 from avss_dist.corpus.shards import CorpusPlan
+from avss_dist.evaluation.own_text import OwnTextWriter
 from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import plan_text_task
 from avss_dist.evaluation.repairs import Patches, fit_of, fit_repairs, plan_fits, repaired_removal
@@ -175,12 +176,14 @@ class RepairedSearch:
         request: ShrinkRequest,
         rows: int,
         final_fit: PlannedTask | None,
+        own_text: OwnTextWriter,
     ) -> RepairedSearch:
         """Return a search for a request, whose tasks are planned.
 
         Args:
             rows: number of rows of the text to measure the loss on.
             final_fit: the task of fitting the final repair; None for no repair.
+            own_text: writes the text of the model itself, if the repair is fitted on it.
 
         Raises:
             CorpusError: a text cannot be read, or has too few rows.
@@ -197,6 +200,7 @@ class RepairedSearch:
                 final.layers,
                 [repair],
                 final.repair.corpora,
+                own_text,
                 max_sequences=max(rows, _rows_to_fit(repair, model, final.texts)),
                 skip_sequences=final.repair.settings.skip_sequences,
             )[repair]

@@ -8,17 +8,19 @@ All measurements are stored in a warehouse, so that a command that was stopped c
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from avss_dist.analysis.verdict import WHOLE
-from avss_dist.core.errors import AvssError
+from avss_dist.core.errors import AvssError, ModelError
 from avss_dist.core.intervention import NO_INTERVENTION, count_removed
 from avss_dist.distillation.curve import Preparing, ignore
-from avss_dist.distillation.teacher_text import with_own_text
 from avss_dist.evaluation.continuations import Continuation, Prompt, continue_prompts, held_out_prompts
-from avss_dist.evaluation.events import OnEvent
+from avss_dist.evaluation.events import OnEvent, Remark
+from avss_dist.evaluation.own_text import OwnTextWriter
 from avss_dist.evaluation.placed import PlacedModel
 from avss_dist.evaluation.repairs import read_repaired, require_changeable
 from avss_dist.evaluation.session import EvaluationSession
@@ -36,12 +38,16 @@ from avss_dist.studies.shrink_trial import (
     ShrinkTrial,
     TextSplit,
     held_out_tasks,
+    on_text_alone,
     primary_results,
     protected_choice,
     rank_layers,
+    read_repair_texts,
     require_pattern,
     require_tokens,
+    rows_to_write,
     split_rows,
+    with_writable_texts,
 )
 from avss_dist.studies.shrunk import CandidateResult, Shrunk
 
@@ -81,15 +87,18 @@ def shrink(request: ShrinkRequest) -> Shrunk:
     on_event = request.on_event or ignore
     distills = request.distill_tokens is not None
     checkpoint = require_shrinkable(request)
-    request = replace(
-        request,
-        repair_corpora=with_own_text(request.repair_corpora, checkpoint, request.settings, on_event),
-        warehouse=request.warehouse or f"{request.output}-warehouse",
-    )
+    request = replace(request, warehouse=request.warehouse or f"{request.output}-warehouse")
     split = split_rows(checkpoint, request.texts, request.settings, distilled=distills)
-    if request.repair != NO_REPAIR:
-        require_tokens(checkpoint, request, split)
-    chosen = _choose(request, checkpoint, split, on_event)
+    with EvaluationSession.open(str(request.warehouse), request.settings, request.execution, on_event) as session:
+        # Scores are measured by executors of their own, which share the cluster that this one connects to.
+        session.executor.connect()
+        model = session.place(checkpoint, request.settings)
+        request, notes = with_writable_texts(request, model)
+        for note in notes:
+            on_event(Remark(note))
+        if request.repair != NO_REPAIR:
+            require_tokens(checkpoint, request, split)
+        chosen = _choose(request, session, model, split, notes)
     if request.speed:
         # Before the checkpoint is written, so that a command that is interrupted here can be repeated.
         chosen = _with_speed(chosen, on_event)
@@ -125,31 +134,74 @@ def require_shrinkable(request: ShrinkRequest) -> Checkpoint:
     return checkpoint
 
 
-def _choose(request: ShrinkRequest, checkpoint: Checkpoint, split: TextSplit, on_event: OnEvent) -> _Chosen:
-    """Score the layers, and evaluate plans until one meets the request. Let models continue prompts by it."""
+def _choose(
+    request: ShrinkRequest, session: EvaluationSession, model: PlacedModel, split: TextSplit, notes: Sequence[str]
+) -> _Chosen:
+    """Score the layers, and evaluate plans until one meets the request. Let models continue prompts by it.
+
+    Args:
+        notes: remarks so far.
+    """
+    ranking = rank_layers(request, session, split)
+    # No set of one layer may keep the pattern, so the example does not.
+    example = ranking.plan(replace(protected_choice(request, ranking.criterion, count=1), keep_pattern=False))
+    require_prunable(model.checkpoint, example, request.settings)
+    own_text = OwnTextWriter(session, model, skipped=split.watched)
+    request, unwritten = _write_own_text(request, own_text, model, split)
+    for note in unwritten:
+        session.on_event(Remark(note))
+    trial = ShrinkTrial.plan_tasks(session, model, request, split, ranking, example, own_text)
+    if request.keep is None:
+        best = trial.evaluate(trial.choose(share=request.share or LOWEST_SHARE))
+        curve = [best]
+    else:
+        best, curve = trial.keep_most(trial.counts(example.num_layers), request.keep)
+    prompts = held_out_prompts(model, request.texts, skip_sequences=split.scored)
+    pruned = best.plan.intervention
+    label = f"{count_removed(best.plan.drop)} dropped"
+    variants = {WHOLE: NO_INTERVENTION, label: pruned}
+    if best.patch:
+        variants[f"{label}, repaired by {request.repair}"] = replace(pruned, patch=best.patch)
+    continuations, uncontinued = continue_prompts(session, model, prompts, variants)
+    return _Chosen(
+        best=best,
+        model=model,
+        curve=curve,
+        prompts=prompts,
+        continuations=continuations,
+        notes=[*notes, *unwritten, *uncontinued],
+    )
+
+
+def _write_own_text(
+    request: ShrinkRequest, own_text: OwnTextWriter, model: PlacedModel, split: TextSplit
+) -> tuple[ShrinkRequest, list[str]]:
+    """Let the model write the text that its repair is fitted on beside the given one.
+
+    Returns:
+        The request, and a remark if the repair is fitted on the given text alone, as the model writes none. Text that
+        was asked for is an error then.
+    """
+    texts = read_repair_texts(model.checkpoint, request, split)
+    rows = rows_to_write(texts, request, split)
+    if not rows:
+        return request, []
+    try:
+        own_text.write_rows(split.watched + rows)
+    except ModelError as error:
+        if request.repair_corpora:
+            raise
+        return on_text_alone(request, error.message.removesuffix("."))
+    return request, []
+
+
+@contextmanager
+def _own_text_writer(request: ShrinkRequest, on_event: OnEvent) -> Iterator[OwnTextWriter]:
+    """Open what writes text of the whole model on this machine, where a distillation computes, too."""
     settings = request.settings
-    with EvaluationSession.open(str(request.warehouse), settings, request.execution, on_event) as session:
-        # Scores are measured by executors of their own, which share the cluster that this one connects to.
-        session.executor.connect()
-        ranking = rank_layers(request, session, split)
-        # No set of one layer may keep the pattern, so the example does not.
-        example = ranking.plan(replace(protected_choice(request, ranking.criterion, count=1), keep_pattern=False))
-        require_prunable(checkpoint, example, settings)
-        model = session.place(checkpoint, settings)
-        trial = ShrinkTrial.plan_tasks(session, model, request, split, ranking, example)
-        if request.keep is None:
-            best = trial.evaluate(trial.choose(share=request.share or LOWEST_SHARE))
-            curve = [best]
-        else:
-            best, curve = trial.keep_most(trial.counts(example.num_layers), request.keep)
-        prompts = held_out_prompts(model, request.texts, skip_sequences=split.scored)
-        pruned = best.plan.intervention
-        label = f"{count_removed(best.plan.drop)} dropped"
-        variants = {WHOLE: NO_INTERVENTION, label: pruned}
-        if best.patch:
-            variants[f"{label}, repaired by {request.repair}"] = replace(pruned, patch=best.patch)
-        continuations, notes = continue_prompts(session, model, prompts, variants)
-    return _Chosen(best=best, model=model, curve=curve, prompts=prompts, continuations=continuations, notes=notes)
+    checkpoint = resolve(str(request.model), trust_remote_code=settings.trust_remote_code)
+    with EvaluationSession.open(str(request.warehouse), settings, on_event=on_event) as session:
+        yield OwnTextWriter(session, session.place(checkpoint))
 
 
 def _with_speed(chosen: _Chosen, on_event: OnEvent) -> _Chosen:
@@ -206,7 +258,13 @@ def _distill(
     output = Path(request.output)
     best = pruned.best
     folder, record = distill_student(
-        request, student, skip=split.measured, held_out=split.watched, rows=split.rows, on_event=on_event
+        request,
+        student,
+        partial(_own_text_writer, request, on_event),
+        skip=split.measured,
+        held_out=split.watched,
+        rows=split.rows,
+        on_event=on_event,
     )
     checkpoint = resolve(str(folder), trust_remote_code=request.settings.trust_remote_code)
     with EvaluationSession.open(str(request.warehouse), request.settings, request.execution, on_event) as session:

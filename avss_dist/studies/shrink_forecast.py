@@ -7,26 +7,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from avss_dist.core.intervention import NO_INTERVENTION
-from avss_dist.distillation.teacher_text import SELF
 from avss_dist.evaluation.continuations import held_out_prompts, plan_continuations
 from avss_dist.evaluation.forecast import (
     BACKWARD,
     PASSES_OF_FIT,
     Forecast,
     ForecastStep,
-    PastSpeed,
     forecast_memory,
     forecast_passes,
     forecast_step,
     forecasting,
-    past_speed,
     repeated,
 )
+from avss_dist.evaluation.own_text import OwnTextWriter, rows_of_own_text
+from avss_dist.evaluation.pace import PastSpeed, past_speed, writing_speed
 from avss_dist.evaluation.placed import PlacedModel
 from avss_dist.evaluation.planned_tasks import plan_text
 from avss_dist.evaluation.session import EvaluationSession
 from avss_dist.models.checkpoint.size import footprint
-from avss_dist.pruning.repair.registry import NO_REPAIR, split_weight
+from avss_dist.pruning.repair.registry import NO_REPAIR, names_own_text
 from avss_dist.requests import ShrinkRequest
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.planner import Planner
@@ -40,9 +39,12 @@ from avss_dist.studies.shrink_trial import (
     TextSplit,
     ablation_of_score,
     held_out_tasks,
+    read_repair_texts,
     require_tokens,
+    rows_to_write,
     scoring_options,
     split_rows,
+    with_writable_texts,
 )
 
 TRAINING_PASSES = 2 + BACKWARD
@@ -59,18 +61,15 @@ def forecast_shrinking(request: ShrinkRequest) -> Forecast:
     """
     checkpoint = require_shrinkable(request)
     notes = ["Which layers go is known after the scores: what is stored without layers is not looked up."]
-    corpora = [corpus for corpus in request.repair_corpora if split_weight(corpus)[0] != SELF]
-    if len(corpora) < len(request.repair_corpora):
-        notes.append("The text that the model writes itself is not part of this.")
-    request = replace(
-        request, repair_corpora=tuple(corpora), warehouse=request.warehouse or f"{request.output}-warehouse"
-    )
+    request = replace(request, warehouse=request.warehouse or f"{request.output}-warehouse")
     split = split_rows(checkpoint, request.texts, request.settings, distilled=request.distill_tokens is not None)
-    if request.repair != NO_REPAIR:
-        require_tokens(checkpoint, request, split)
     num_layers = footprint(checkpoint, request.settings).num_layers
     with forecasting(str(request.warehouse), request.settings, request.execution, None) as session:
         model = session.place(checkpoint, request.settings)
+        request, remarks = with_writable_texts(request, model)
+        notes += remarks
+        if request.repair != NO_REPAIR:
+            require_tokens(checkpoint, request, split)
         speed = past_speed(session, model)
         options = scoring_options(request, session, split)
         steps = [_scoring(request, session, split, speed)]
@@ -81,6 +80,7 @@ def forecast_shrinking(request: ShrinkRequest) -> Forecast:
                 of_task = task.cells()
                 steps.append(forecast_step(session, task.task.name, of_task, task, speed))
                 cells += of_task
+        steps += _writing(request, session, model, split)
         if request.by == GREEDY:
             steps.append(_search(request, model, split, num_layers, speed))
         steps += _candidates(request, session, model, split, num_layers, speed)
@@ -114,6 +114,38 @@ def _scoring(
     return replace(step, evaluations=len(corpus.shards), stored=kept)
 
 
+def _writing(
+    request: ShrinkRequest, session: EvaluationSession, model: PlacedModel, split: TextSplit
+) -> list[ForecastStep]:
+    """Return the step in which the model writes text for the repair, or none if it writes no text for it.
+
+    Each text is taken to fill a row.
+    """
+    rows = rows_to_write(read_repair_texts(model.checkpoint, request, split), request, split)
+    if not rows:
+        return []
+    batches = OwnTextWriter(session, model).batches(split.watched + rows)
+    missing = 0
+    for batch in batches:
+        (cell,) = batch.cells()
+        if not session.is_known(cell):
+            missing += 1
+    length = model.settings.sequence_length
+    tokens = missing * batches[0].settings.batch_size * length
+    step = ForecastStep(
+        step="text that the model writes itself",
+        evaluations=len(batches),
+        stored=len(batches) - missing,
+        passes=missing * length,
+        tokens=tokens,
+    )
+    speed = writing_speed(session, model)
+    if speed is None:
+        return [step]
+    seconds = tokens / speed.tokens_per_second / session.executor.replicas(model.placement)
+    return [replace(step, seconds=seconds, reference=speed.reference)]
+
+
 def _num_dropped(request: ShrinkRequest, num_layers: int) -> int:
     """Return the number of layers that are dropped, at most."""
     if request.keep:
@@ -125,9 +157,13 @@ def _fitted(request: ShrinkRequest, model: PlacedModel, skipped: int, rows: int)
     """Return the passes and the tokens of one fit of a repair."""
     reading = replace(model.settings, max_sequences=rows, skip_sequences=skipped)
     texts = [plan_text(model.checkpoint, text, reading) for text in request.repair_texts]
-    passes = PASSES_OF_FIT * sum(text.num_batches(model.settings.batch_size) for text in texts)
-    tokens = PASSES_OF_FIT * sum(text.num_tokens for text in texts)
-    return passes, tokens
+    passes = sum(text.num_batches(model.settings.batch_size) for text in texts)
+    tokens = sum(text.num_tokens for text in texts)
+    if names_own_text(request.weighted_repair_texts):
+        own_rows = rows_of_own_text(texts, rows)
+        passes += math.ceil(own_rows / model.settings.batch_size)
+        tokens += own_rows * model.settings.sequence_length
+    return PASSES_OF_FIT * passes, PASSES_OF_FIT * tokens
 
 
 def _search(

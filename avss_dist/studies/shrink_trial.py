@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,7 @@ from avss_dist.core.text import RedactedURI
 from avss_dist.core.values import NewObject
 from avss_dist.corpus.shards import CorpusPlan
 from avss_dist.corpus.sources import open_source
+from avss_dist.evaluation.own_text import OwnTextWriter, require_writable, rows_of_own_text, writing_obstacle
 from avss_dist.evaluation.placed import PlacedModel, PlannedTask
 from avss_dist.evaluation.planned_tasks import earlier_texts, plan_task, plan_text, refuse_overlaps
 from avss_dist.evaluation.repairs import Patches, copies_of, fit_of, fit_repairs, plan_fits, repaired_removal
@@ -26,8 +28,8 @@ from avss_dist.plans.choice import Choice, PlanError, require_pattern_size
 from avss_dist.plans.criteria import PUBLISHED, Criterion
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.repair.costs import tokens_needed
-from avss_dist.pruning.repair.registry import NO_REPAIR
-from avss_dist.pruning.repair.splits import count_fitted, split_texts
+from avss_dist.pruning.repair.registry import NO_REPAIR, names_own_text
+from avss_dist.pruning.repair.splits import HELD_BACK, SINK_TOKENS, count_fitted, split_texts
 from avss_dist.requests import AblateRequest, ShrinkRequest
 from avss_dist.runs.scoring import score
 from avss_dist.stats.catalog import GREEDY, LOWEST_SHARE, SCORES
@@ -133,18 +135,69 @@ def require_pattern(checkpoint: Checkpoint, request: ShrinkRequest) -> None:
     require_pattern_size(pattern, count_lowest(num_layers, request.share or LOWEST_SHARE), candidates)
 
 
+def with_writable_texts(request: ShrinkRequest, model: PlacedModel) -> tuple[ShrinkRequest, list[str]]:
+    """Return the request for a placed model, and a remark if its repair is fitted on the given text alone.
+
+    By default, the model writes as much text itself, where it is whole in one process.
+
+    Raises:
+        ConfigError: text that the model writes is named, and it cannot write where it is placed.
+    """
+    if request.repair == NO_REPAIR:
+        return request, []
+    if request.repair_corpora:
+        require_writable(model, request.repair_corpora)
+        return request, []
+    obstacle = writing_obstacle(model)
+    if obstacle is None:
+        return request, []
+    return on_text_alone(request, obstacle)
+
+
+def on_text_alone(request: ShrinkRequest, reason: str) -> tuple[ShrinkRequest, list[str]]:
+    """Return the request with the repair fitted on the given text alone, and a remark that says so."""
+    remark = (
+        f"The repair is fitted on {RedactedURI(request.corpus)} alone, without text that the model writes: {reason}."
+    )
+    return replace(request, repair_corpora=(request.corpus,)), [remark]
+
+
+def read_repair_texts(checkpoint: Checkpoint, request: ShrinkRequest, split: TextSplit) -> list[CorpusPlan]:
+    """Return the rows of the given texts that the repair is fitted on.
+
+    Raises:
+        CorpusError: a text cannot be read, or has no such row.
+    """
+    reading = replace(request.settings, max_sequences=split.rows - split.held_out, skip_sequences=split.held_out)
+    return [plan_text(checkpoint, text, reading) for text in request.repair_texts]
+
+
+def rows_to_write(texts: Sequence[CorpusPlan], request: ShrinkRequest, split: TextSplit) -> int:
+    """Return the number of rows of text that the model writes itself for the repair; 0 if none is to be fitted on.
+
+    Args:
+        texts: rows of the given texts that it is fitted on.
+    """
+    if request.repair == NO_REPAIR or not names_own_text(request.weighted_repair_texts):
+        return 0
+    return rows_of_own_text(texts, split.rows - split.held_out)
+
+
 def require_tokens(checkpoint: Checkpoint, request: ShrinkRequest, split: TextSplit) -> None:
-    """Refuse texts whose rows for the repair hold too few tokens to fit it to.
+    """Refuse texts whose rows for the repair hold too few tokens to fit it to, with those that the model writes itself.
 
     Raises:
         CorpusError: there are too few tokens.
     """
     needed = tokens_needed(checkpoint, request.repair, request.settings)
-    fitted_rows = split.rows - split.held_out
-    reading = replace(request.settings, max_sequences=fitted_rows, skip_sequences=split.held_out)
-    texts = [plan_text(checkpoint, text, reading) for text in request.repair_texts]
-    parts = split_texts(texts, request.settings.batch_size)
-    tokens = sum(count_fitted(parts, len(texts)))
+    texts = read_repair_texts(checkpoint, request, split)
+    tokens = 0
+    if texts:
+        parts = split_texts(texts, request.settings.batch_size)
+        tokens += sum(count_fitted(parts, len(texts)))
+    own_rows = rows_to_write(texts, request, split)
+    fitted_rows = own_rows - math.ceil(own_rows / HELD_BACK)
+    tokens += fitted_rows * (request.settings.sequence_length - SINK_TOKENS)
     if tokens < needed:
         raise CorpusError(
             f"The repair {request.repair} of this model needs at least {needed:,} tokens to fit to, not {tokens:,}.",
@@ -234,17 +287,18 @@ class ShrinkTrial:
         split: TextSplit,
         ranking: LayerRanking,
         example: Plan,
+        own_text: OwnTextWriter,
     ) -> ShrinkTrial:
         """Return the trial of a request, for plans like the example. Overlapping texts are refused."""
         tasks = held_out_tasks(model, request, split)
         fit = None
         if request.repair != NO_REPAIR:
-            fit = _plan_fit(session, model, request, split, example)
+            fit = _plan_fit(session, model, request, split, example, own_text)
         if not request.allow_overlap:
             _refuse_overlaps(model, request, split, tasks, fit, example)
         search = None
         if request.by == GREEDY:
-            search = RepairedSearch.plan_tasks(session, model, ranking, request, split.scored, fit)
+            search = RepairedSearch.plan_tasks(session, model, ranking, request, split.scored, fit, own_text)
         return cls(session=session, request=request, ranking=ranking, tasks=tasks, fit=fit, search=search)
 
     def choose(self, *, share: float | None = None, count: int | None = None) -> Plan:
@@ -355,7 +409,12 @@ def held_out_tasks(model: PlacedModel, request: ShrinkRequest, split: TextSplit)
 
 
 def _plan_fit(
-    session: EvaluationSession, model: PlacedModel, request: ShrinkRequest, split: TextSplit, example: Plan
+    session: EvaluationSession,
+    model: PlacedModel,
+    request: ShrinkRequest,
+    split: TextSplit,
+    example: Plan,
+    own_text: OwnTextWriter,
 ) -> PlannedTask:
     """Return the task of fitting the repair of a request, for plans like the example."""
     fits = plan_fits(
@@ -363,6 +422,7 @@ def _plan_fit(
         example.layers,
         [request.repair],
         request.weighted_repair_texts,
+        own_text,
         copies_of(model.placement, model.settings, session),
         max_sequences=split.rows - split.held_out,
         skip_sequences=split.held_out,

@@ -180,19 +180,36 @@ class ContinuePrompt(Measure):
             ModelError: the model does not generate text.
         """
         ids = torch.tensor([self.prompt], device=model.device)
-        try:
-            with quiet(), model.applying(intervention):
-                tokens = model.generate(
-                    inputs=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=self.tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    repetition_penalty=1.0,
-                )
-        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                raise
-            raise ModelError(f"'{model.checkpoint.name}' generates no text: {first_line(error)}") from error
+        tokens = generate_text(model, ids, intervention, max_new_tokens=self.tokens)
         samples = tokens[0, len(self.prompt) :].cpu().numpy().astype(np.float64)
         return [MetricRow(metric=TOKEN, samples=samples, weights=np.ones(len(samples)))]
+
+
+def generate_text(
+    model: LanguageModel, ids: torch.Tensor, intervention: Intervention, **options: object
+) -> torch.Tensor:
+    """Return prompts and the tokens that follow, the most likely ones unless a processor of logits chooses.
+
+    Args:
+        ids: token ids of prompts of one length, int64[rows, tokens].
+        intervention: change of the model.
+        options: further options of ``generate``.
+
+    Raises:
+        ModelError: the model does not generate text.
+    """
+    try:
+        with quiet(), model.applying(intervention):
+            tokens: torch.Tensor = model.generate(
+                inputs=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                num_beams=1,
+                repetition_penalty=1.0,
+                **options,
+            )
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(f"'{model.checkpoint.name}' generates no text: {first_line(error)}") from error
+    return tokens

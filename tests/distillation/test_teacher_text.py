@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from avss_dist.distillation.teacher_text import ROWS, has_own_text, rows_at_once, sample, teacher_text, with_own_text
 from support.checkpoints import checkpoint_at
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +20,6 @@ from avss_dist.core.settings import Settings
 from avss_dist.core.streams import progress_to
 from avss_dist.corpus.tokens import special_tokens_around
 from avss_dist.distillation import teacher_text as module
-from avss_dist.distillation.teacher_text import ROWS, has_own_text, rows_at_once, sample, teacher_text, with_own_text
 from avss_dist.models.causal_lm import LanguageModel
 from avss_dist.models.checkpoint.loading import load_tokenizer
 from avss_dist.plans.plan import Plan

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,7 +24,7 @@ from avss_dist.core.errors import ConfigError, explain_damaged_record
 from avss_dist.core.settings import DTYPES, ROW_STARTS, TextOptions
 from avss_dist.core.text import RedactedURI, describe_layers, describe_rows
 from avss_dist.core.validation import Count, OneOf, RedactedText, checked
-from avss_dist.corpus.seen import REPAIR, SeenText
+from avss_dist.corpus.seen import REPAIR, SELF, SeenText, describe_corpus
 
 NO_REPAIR = "none"
 DEFAULT_REPAIR = "refit"
@@ -140,12 +140,17 @@ def split_weight(corpus: str) -> tuple[RedactedURI, float]:
     return RedactedURI(match[1]), float(match[2])
 
 
+def names_own_text(corpora: Iterable[str]) -> bool:
+    """Whether the text that the model writes itself is among texts, which may have weights."""
+    return any(split_weight(corpus)[0] == SELF for corpus in corpora)
+
+
 @checked
 class RepairText:
     """A text that a repair was fitted on."""
 
     corpus: RedactedText
-    """The corpus, as the user named it, without keys."""
+    """The corpus, as the user named it, without keys; or self for text that the whole model wrote."""
     fingerprint: str
     """Fingerprint of its content."""
     rows: Count
@@ -162,7 +167,9 @@ class RepairText:
             skipped: number of rows before those that were read.
         """
         weight = f", weight {self.weight:g}" if self.weight != 1 else ""
-        return f"{self.corpus} ({self.tokens:,} tokens of {describe_rows(skipped, self.rows)}{weight})"
+        if self.corpus == SELF:
+            skipped = 0
+        return f"{describe_corpus(self.corpus)} ({self.tokens:,} tokens of {describe_rows(skipped, self.rows)}{weight})"
 
 
 @checked
@@ -260,6 +267,8 @@ class RepairRecord(TextOptions):
         for text in self.texts:
             options = self.text_options()
             options["max_sequences"] = text.rows or None
+            if text.corpus == SELF:
+                options["skip_sequences"] = 0
             seen = SeenText(use=REPAIR, by=name, corpus=text.corpus, corpus_fingerprint=text.fingerprint, **options)
             texts.append(seen)
         return texts

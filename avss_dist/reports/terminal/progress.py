@@ -28,7 +28,7 @@ from avss_dist.runs.events import (
     WatchNote,
     describe_repeated,
 )
-from avss_dist.warehouse.names import REPAIR
+from avss_dist.warehouse.names import OWN_TEXT, REPAIR
 
 if TYPE_CHECKING:
     from avss_dist.tasks.task import Cell
@@ -276,7 +276,11 @@ class CellProgress(StepProgress):
 
 def _describe_step(cell: Cell) -> str:
     """Return what is done with a cell, in words."""
-    step = "fitting the repair" if cell.task.startswith(REPAIR) else "evaluating"
+    step = "evaluating"
+    if cell.task.startswith(REPAIR):
+        step = "fitting the repair"
+    elif cell.task == OWN_TEXT:
+        step = "writing text"
     return f"{step}{describe_without(cell)}"
 
 
