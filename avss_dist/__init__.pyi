@@ -127,7 +127,7 @@ def distill(
     teacher: str | Path,
     output: str | Path,
     corpora: Sequence[str | Path] = ...,
-    self_texts: int = 256,
+    self_texts: int | None = None,
     watch: Sequence[str | Path] = ...,
     held_out: int = 16,
     allow_overlap: bool = False,

@@ -68,7 +68,6 @@ class Experiment:
     """Repairs of the pruned models; every choice is evaluated with each."""
     repair_corpora: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Texts that repairs are fitted on, with equal weight whatever their length, or a weight each: CORPUS=0.5.
-
     self is text that the model writes itself."""
     repair_max_sequences: Positive | None = None
     """Maximum number of rows of each text that repairs are fitted on."""

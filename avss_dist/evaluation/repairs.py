@@ -141,8 +141,8 @@ def plan_fits(
     layers: str,
     repairs: Iterable[str],
     corpora: Sequence[str],
-    own_text: OwnTextWriter,
     copies: int = 1,
+    own_text: OwnTextWriter | None = None,
     **reading: Any,
 ) -> dict[str, PlannedTask]:
     """Return the task of fitting each of several repairs of a checkpoint, by the name of the repair.
@@ -150,8 +150,8 @@ def plan_fits(
     Args:
         layers: module path of the layer list.
         corpora: texts to fit them on, with their weights; see `pruning.repair.repair.Repair`.
-        own_text: writes the text of the model itself, if it is among them: as many rows as the longest other one has.
         copies: number of model copies that share the text of one fit, for a single fit with several workers.
+        own_text: writes the text of the model itself, if it is among them: as many rows as the longest other one has.
         reading: `TextOptions` in place of the model's.
 
     Raises:
@@ -180,12 +180,13 @@ def plan_fits(
 
 
 def _read_texts(
-    model: PlacedModel, corpora: Sequence[str], own_text: OwnTextWriter, settings: Settings
+    model: PlacedModel, corpora: Sequence[str], own_text: OwnTextWriter | None, settings: Settings
 ) -> tuple[CorpusPlan, ...]:
     """Return the rows of texts that repairs are fitted on, in order."""
     names = [split_weight(weighted)[0] for weighted in corpora]
     texts = [plan_text(model.checkpoint, name, settings) for name in names if name != SELF]
     if SELF in names:
+        assert own_text is not None
         own_rows = own_text.read_rows(rows_of_own_text(texts, settings.max_sequences), settings)
         for place, name in enumerate(names):
             if name == SELF:
@@ -305,11 +306,11 @@ def fit_plan(request: PruneRequest, plan: Plan, repair: Repair) -> Repaired:
         model = session.place(checkpoint, settings)
         require_writable(model, repair.corpora)
         own_text = OwnTextWriter(session if request.warehouse else keeping_in_cache(session), model)
-        fit = plan_fits(model, plan.layers, [repair.by], repair.corpora, own_text)[repair.by]
+        fit = plan_fits(model, plan.layers, [repair.by], repair.corpora, own_text=own_text)[repair.by]
         copies = copies_of(model.placement, model.settings, session)
         (cell,) = fit.cells([plan.intervention])
         # A fit by one copy that is stored is read: another number of copies has other last digits.
         if copies > 1 and not session.is_known(cell):
-            fit = plan_fits(model, plan.layers, [repair.by], repair.corpora, own_text, copies)[repair.by]
+            fit = plan_fits(model, plan.layers, [repair.by], repair.corpora, copies, own_text)[repair.by]
         patches = fit_repairs(session, [(fit, [plan.drop])])
         return read_repaired(patches[fit, plan.drop])

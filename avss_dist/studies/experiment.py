@@ -164,7 +164,7 @@ class Trial:
                 self.layers.list_path(),
                 experiment.fitted,
                 experiment.repair_corpora,
-                OwnTextWriter(session, self.model),
+                own_text=OwnTextWriter(session, self.model),
                 max_sequences=experiment.repair_max_sequences,
                 skip_sequences=experiment.repair_skip_sequences,
             )

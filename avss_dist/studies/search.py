@@ -200,7 +200,7 @@ class RepairedSearch:
                 final.layers,
                 [repair],
                 final.repair.corpora,
-                own_text,
+                own_text=own_text,
                 max_sequences=max(rows, _rows_to_fit(repair, model, final.texts)),
                 skip_sequences=final.repair.settings.skip_sequences,
             )[repair]

@@ -422,8 +422,8 @@ def _plan_fit(
         example.layers,
         [request.repair],
         request.weighted_repair_texts,
-        own_text,
         copies_of(model.placement, model.settings, session),
+        own_text,
         max_sequences=split.rows - split.held_out,
         skip_sequences=split.held_out,
     )

@@ -573,7 +573,7 @@ def experiment(goldens: Goldens, folder: Path) -> None:
 def shrink(goldens: Goldens, folder: Path) -> None:
     """Write smaller models: by damage with a repair, by greedy search without one, and as small as a quality allows."""
     model = goldens.model("llama-wide")
-    rows = {**ROWS, "max_sequences": 96, "speed": False}
+    rows = {**ROWS, "max_sequences": 96, "speed": False, "repair_corpora": [TEXT]}
     choices: dict[str, dict[str, Any]] = {
         "damage": {"share": 0.25},
         "greedy": {"share": 0.5, "by": "greedy", "repair": "none"},

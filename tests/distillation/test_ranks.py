@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from avss_dist.partition.group import rank_and_size
 from avss_dist.plans.plan import Plan
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.requests import DistillRequest
+from avss_dist.studies.distill import teacher_writer
 
 pytestmark = pytest.mark.nightly
 
@@ -130,7 +132,7 @@ def distill_here(options: dict[str, Any]) -> tuple[int, int]:
     output = Path(options["output"])
     work = output.with_name("out.part")
     work.mkdir(exist_ok=True)
-    texts = read_texts(request, models, work, ignore)
+    texts = read_texts(request, models, partial(teacher_writer, request), ignore)
     DistillTask(request, models, texts, work, output).train_and_write(ignore)
     assert rank_and_size()[1] == 2
     return MeasuredTrainer.held
