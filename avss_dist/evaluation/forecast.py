@@ -7,7 +7,7 @@ of a finished run of a model of the same shape.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -24,13 +24,11 @@ from avss_dist.evaluation.repairs import FitRepair
 from avss_dist.evaluation.session import EvaluationSession
 from avss_dist.models.checkpoint.loading import text_config
 from avss_dist.partition.execution import Execution
-from avss_dist.runs.local import open_executor
 from avss_dist.tasks.backward import BackwardMeasure
 from avss_dist.tasks.map_damage import RoundedLosses
 from avss_dist.tasks.shapley import Shapley
 from avss_dist.tasks.task import Cell, Measure
 from avss_dist.tasks.text_loss import ContinuePrompt, LeaveOneOut
-from avss_dist.warehouse.store import Store
 
 BACKWARD = 2
 """Forward passes that take as long as a backward pass."""
@@ -106,8 +104,8 @@ def forecasting(
     warehouse: str | Path, settings: Settings, execution: Execution, on_event: OnEvent | None
 ) -> Iterator[EvaluationSession]:
     """Open a session that plans, and neither creates the warehouse nor measures anything."""
-    with closing(open_executor(execution, settings)) as executor:
-        yield EvaluationSession(Store(warehouse), executor, execution, on_event, settings)
+    with EvaluationSession.open(warehouse, settings, execution, on_event, create=False) as session:
+        yield session
 
 
 def forecast_step(

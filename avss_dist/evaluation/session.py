@@ -93,6 +93,8 @@ class EvaluationSession:
         settings: Settings | None = None,
         execution: Execution | None = None,
         on_event: OnEvent | None = None,
+        *,
+        create: bool = True,
     ) -> Iterator[EvaluationSession]:
         """Create a warehouse if it does not exist, and start an executor, which is closed at the end of the block.
 
@@ -101,6 +103,7 @@ class EvaluationSession:
             settings: settings of the models and texts; the defaults without them.
             execution: partition, replicas and executor; the defaults without it.
             on_event: receives every event.
+            create: create the warehouse. Without one, nothing can be measured.
 
         Raises:
             AvssError: the warehouse or the executor cannot be opened.
@@ -108,7 +111,8 @@ class EvaluationSession:
         settings = settings or Settings()
         execution = execution or Execution()
         store = Store(warehouse)
-        store.storage.create()
+        if create:
+            store.storage.create()
         with closing(open_executor(execution, settings)) as executor:
             yield cls(store, executor, execution, on_event, settings)
 

@@ -89,7 +89,8 @@ def shrink(request: ShrinkRequest) -> Shrunk:
     checkpoint = require_shrinkable(request)
     request = replace(request, warehouse=request.warehouse or f"{request.output}-warehouse")
     split = split_rows(checkpoint, request.texts, request.settings, distilled=distills)
-    with EvaluationSession.open(str(request.warehouse), request.settings, request.execution, on_event) as session:
+    opened = EvaluationSession.open(str(request.warehouse), request.settings, request.execution, on_event, create=False)
+    with opened as session:
         # Scores are measured by executors of their own, which share the cluster that this one connects to.
         session.executor.connect()
         model = session.place(checkpoint, request.settings)
@@ -98,6 +99,7 @@ def shrink(request: ShrinkRequest) -> Shrunk:
             on_event(Remark(note))
         if request.repair != NO_REPAIR:
             require_tokens(checkpoint, request, split)
+        session.store.storage.create()
         chosen = _choose(request, session, model, split, notes)
     if request.speed:
         # Before the checkpoint is written, so that a command that is interrupted here can be repeated.

@@ -161,8 +161,15 @@ def test_a_greedy_search_is_forecast_by_its_sets(tiny_llama: Path, tmp_path: Pat
 def test_a_training_step_takes_four_passes(tiny_llama: Path, tmp_path: Path) -> None:
     options = {"teacher": str(tiny_llama), "output": str(tmp_path / "out"), "tokens": 640, "sequence_length": 16}
     request = DistillRequest(str(tiny_llama), self_texts=3, device="cpu", **options)
-    training = forecast_distillation(request).steps[0]
+    _, training, _ = forecast_distillation(request).steps
     assert (training.evaluations, training.passes, training.tokens) == (10, 40, 4 * 640)
+
+
+def test_a_distillation_forecasts_the_text_that_its_tokens_take(tiny_llama: Path, tmp_path: Path) -> None:
+    """Ten rows that are trained on, and four that are held out."""
+    options = {"teacher": str(tiny_llama), "output": str(tmp_path / "out"), "tokens": 160, "sequence_length": 16}
+    writing, *_ = forecast_distillation(DistillRequest(str(tiny_llama), held_out=4, device="cpu", **options)).steps
+    assert (writing.evaluations, writing.passes, writing.tokens) == (14, 16, 14 * 16)
 
 
 def test_a_dry_run_of_a_distillation_leaves_the_folder_as_it_is(tiny_llama: Path, tmp_path: Path) -> None:
