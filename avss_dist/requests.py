@@ -306,7 +306,7 @@ class ShrinkRequest(ModelRequest, EvaluationOptions):
     repair: OptionalRepairName = DEFAULT_REPAIR
     """Repair to fit at each cut."""
     repair_corpora: Texts = ()
-    """Text to fit it on: CORPUS[=WEIGHT], or self for text that the model writes; by default `corpus` and self."""
+    """Text to fit it on: CORPUS[=WEIGHT], or self; by default both."""
     tasks: Texts = ()
     """Tasks, as for avss evaluate. By default, part of every text."""
     first: Annotated[Count, RARE] = 0
