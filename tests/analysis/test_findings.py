@@ -247,13 +247,14 @@ def test_layers_that_give_out_what_they_take_in(tmp_path: Path, largest: float) 
     assert row["message"].startswith("Layers 2-3, 6 give out what they take in")
 
 
-@pytest.fixture
-def two_noisy_runs(tmp_path: Path) -> Path:
-    """Runs of which all layers have few elements below 1e-5."""
+@pytest.fixture(scope="module")
+def two_noisy_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of which all layers have few elements below 1e-5. Not to be changed."""
+    warehouse = tmp_path_factory.mktemp("noisy")
     stats = stats_of(with_few_small_elements(activations()))
-    write_measured(tmp_path, "a", stats, 8)
-    write_measured(tmp_path, "b", stats, 8)
-    return tmp_path
+    write_measured(warehouse, "a", stats, 8)
+    write_measured(warehouse, "b", stats, 8)
+    return warehouse
 
 
 @pytest.mark.parametrize(
@@ -331,27 +332,25 @@ def in_words(root: Path) -> str:
     return capture.get()
 
 
-def test_activations_that_are_no_numbers(tmp_path: Path) -> None:
-    """Every other statistic leaves them out: a layer of which little is left must not be ranked by that."""
+@pytest.fixture(scope="module")
+def no_numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of which layers 3 and 5 have activations that are no numbers. Not to be changed."""
+    warehouse = tmp_path_factory.mktemp("no-numbers")
     x = activations()
     x[:, 3, :, 1:] = np.nan
     x[0, 5, 0, 0, 0] = np.inf
-    (row,) = of(tmp_path, x, "nonfinite")
+    write_measured(warehouse, "tiny-1", stats_of(x), 8)
+    return warehouse
+
+
+def test_activations_that_are_no_numbers(no_numbers: Path) -> None:
+    """Every other statistic leaves them out: a layer of which little is left must not be ranked by that."""
+    (row,) = found(no_numbers, "nonfinite")
     assert row["severity"] == "warning"
     assert row["site"] == "block"
     assert row["recipe"] is None
     assert row["value"] == pytest.approx(7 / 8)
     assert row["message"].startswith("Layers 3, 5 have NaN or infinite activations")
-
-
-@pytest.fixture
-def no_numbers(tmp_path: Path) -> Path:
-    """A run of which layers 3 and 5 have activations that are no numbers."""
-    x = activations()
-    x[:, 3, :, 1:] = np.nan
-    x[0, 5, 0, 0, 0] = np.inf
-    write_measured(tmp_path, "tiny-1", stats_of(x), 8)
-    return tmp_path
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -413,11 +413,9 @@ def settings_of_fits(warehouse: Path) -> list[dict[str, Any]]:
     return settings
 
 
+@pytest.mark.nightly
 def test_greedy_goes_by_what_is_lost_after_the_repair(warehouse: Path, deep: Path, tmp_path: Path) -> None:
-    """Every set that it tries is repaired, on text that it is not measured on.
-
-    Takes over 5 seconds: a search repairs and measures each of its sets.
-    """
+    """Every set that it tries is repaired, on text that it is not measured on."""
     shrunken = shrunk(deep, tmp_path / "out", by="greedy", repair="channel", warehouse=warehouse)
     why = shrunken.best.plan.why
     rows = [row for row in table_rows(warehouse, "evaluations") if row["run_id"] == why["evaluation"]]

@@ -64,7 +64,7 @@ FAMILIES = (
 ENDS = ("llama", "gemma3_text", "gpt2", "opt", "granite", "cohere2")
 """One of each way to write the end of a layer: plain, a norm after it, `Conv1D`, a bias, a multiplier, one sum."""
 CASES = [*product(FAMILIES, ("refit",)), *product(ENDS, ("map",)), ("llama", "channel"), ("gemma3_text", "channel")]
-DEFAULT_CASES = [("llama", "refit"), ("gemma3_text", "refit"), ("gpt2", "map")]
+DEFAULT_CASES = [("gemma3_text", "refit"), ("gpt2", "map")]
 TIED = ("gemma3_text", "gpt2", "opt", "cohere2", "gemma2", "falcon")
 
 
@@ -595,7 +595,7 @@ PLAN = plan_of("m", 3, 1)
 FEW: dict[str, Any] = {"max_sequences": 20, "sequence_length": 32}
 
 
-@pytest.mark.parametrize("by", all_of(REPAIRS, ["refit", "borrow"]))
+@pytest.mark.parametrize("by", all_of(REPAIRS, ["borrow"]))
 def test_constant_text_and_units_that_repeat_give_weights_that_are_numbers(
     by: str, tmp_path: Path, save_checkpoint: Save
 ) -> None:

@@ -295,6 +295,7 @@ def test_a_run_ends_with_its_cluster_and_says_so(
     assert_same_tables(tmp_path, undisturbed)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("shared_ray")
 def test_a_zero3_gang_gives_the_same_bytes(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
     """`test_gangs` has an uneven end, too."""
