@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from itertools import combinations
@@ -134,14 +135,21 @@ def test_pairs_at_once_are_what_one_by_one_gives() -> None:
 # Which pairs.
 
 
+@pytest.fixture(scope="module")
+def four_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models on one text, one of them also in bfloat16 and on another text. Not to be changed."""
+    warehouse = tmp_path_factory.mktemp("four-runs")
+    write_scores(warehouse, "llama-1", UP, model="org/llama", num_parameters=1)
+    write_scores(warehouse, "llama-2", MIXED, model="org/llama", dtype="bfloat16")
+    write_scores(warehouse, "llama-3", DOWN, model="org/llama", corpus="other.txt")
+    write_scores(warehouse, "bert-1", [1.0, 3.0, 2.0, 4.0], model="org/bert", family="bert")
+    return warehouse
+
+
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """Two models on one text, one of them also in bfloat16 and on another text."""
-    write_scores(tmp_path, "llama-1", UP, model="org/llama", num_parameters=1)
-    write_scores(tmp_path, "llama-2", MIXED, model="org/llama", dtype="bfloat16")
-    write_scores(tmp_path, "llama-3", DOWN, model="org/llama", corpus="other.txt")
-    write_scores(tmp_path, "bert-1", [1.0, 3.0, 2.0, 4.0], model="org/bert", family="bert")
-    return tmp_path
+def root(four_runs: Path, tmp_path: Path) -> Path:
+    """A copy of the warehouse of four runs, to change."""
+    return Path(shutil.copytree(four_runs, tmp_path, dirs_exist_ok=True))
 
 
 def sides(pair: dict[str, Any]) -> set[str]:

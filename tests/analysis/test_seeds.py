@@ -60,33 +60,42 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_there_is_a_curve_for_each_seed(three: Path) -> None:
-    assert [curve.seed for curve in seeds_of(three).curves] == [1, 2, 3]
+@pytest.fixture(scope="module")
+def compared_three(three: Path) -> RankingCurves:
+    return compared(three)
 
 
-def test_the_mean_and_the_spread_are_those_of_the_ranks_of_the_curves(three: Path) -> None:
-    seeds = seeds_of(three)
+@pytest.fixture(scope="module")
+def seeds(compared_three: RankingCurves) -> SeedCurves:
+    (seeds,) = compared_three.seeds
+    return seeds
+
+
+def test_there_is_a_curve_for_each_seed(seeds: SeedCurves) -> None:
+    assert [curve.seed for curve in seeds.curves] == [1, 2, 3]
+
+
+def test_the_mean_and_the_spread_are_those_of_the_ranks_of_the_curves(seeds: SeedCurves) -> None:
     ranks = np.array([curve.ranks for curve in seeds.curves])
     np.testing.assert_allclose(seeds.mean_rank, ranks.mean(axis=0))
     np.testing.assert_allclose(seeds.rank_spread, ranks.std(axis=0, ddof=1))
 
 
-def test_the_seed_that_differs_is_found_where_it_does(three: Path) -> None:
+def test_the_seed_that_differs_is_found_where_it_does(seeds: SeedCurves) -> None:
     """At the first point, layer 2 of the third seed differs from both others."""
-    differences = seeds_of(three).differences
+    differences = seeds.differences
     assert differences is not None
     np.testing.assert_array_equal(differences.differing_seeds[:, 0, 2], [1, 1, 2])
 
 
-def test_seeds_do_not_differ_where_they_are_alike(three: Path) -> None:
+def test_seeds_do_not_differ_where_they_are_alike(seeds: SeedCurves) -> None:
     """At the second point, their shards are of one distribution, and their noise is their own."""
-    differences = seeds_of(three).differences
+    differences = seeds.differences
     assert differences is not None
     assert not differences.differs[:, 1].any()
 
 
-def test_a_difference_is_that_of_the_logarithms_of_the_stored_scores(three: Path) -> None:
-    seeds = seeds_of(three)
+def test_a_difference_is_that_of_the_logarithms_of_the_stored_scores(seeds: SeedCurves) -> None:
     assert seeds.differences is not None
     z = np.log(seeds.values)
     z -= z.mean(axis=-1, keepdims=True)
@@ -94,34 +103,33 @@ def test_a_difference_is_that_of_the_logarithms_of_the_stored_scores(three: Path
     np.testing.assert_allclose(seeds.differences.difference, expected, rtol=1e-9)
 
 
-def test_the_change_that_all_seeds_share_is_told(three: Path) -> None:
-    (sentence,) = [text for text in seeds_of(three).sentences() if text.startswith("Changed in all seeds")]
+def test_the_change_that_all_seeds_share_is_told(seeds: SeedCurves) -> None:
+    (sentence,) = [text for text in seeds.sentences() if text.startswith("Changed in all seeds")]
     assert "100 to 200: up 1" in sentence
 
 
-def test_the_lowest_layers_of_all_seeds_are_told(three: Path) -> None:
-    sentences = seeds_of(three).sentences()
+def test_the_lowest_layers_of_all_seeds_are_told(seeds: SeedCurves) -> None:
+    sentences = seeds.sentences()
     assert sentences[0] == (
         "Among the lowest 25% of all 3 seeds at 200: 0; in 95% of the joint resamples of the text: 0."
     )
 
 
-def test_the_sentences_tell_where_seeds_differ(three: Path) -> None:
-    (line,) = [sentence for sentence in seeds_of(three).sentences() if sentence.startswith("100: layers ")]
+def test_the_sentences_tell_where_seeds_differ(seeds: SeedCurves) -> None:
+    (line,) = [sentence for sentence in seeds.sentences() if sentence.startswith("100: layers ")]
     assert "in layer 2 (" in line
 
 
-def test_the_table_has_mean_spread_and_differences(three: Path) -> None:
-    seeds = seeds_of(three)
-    rows = compared(three).table().to_pylist()
+def test_the_table_has_mean_spread_and_differences(seeds: SeedCurves, compared_three: RankingCurves) -> None:
+    rows = compared_three.table().to_pylist()
     (row,) = [row for row in rows if row["run_id"] == "a3-100" and row["layer"] == 2]
     assert row["mean_rank"] == seeds.mean_rank[0, 2]
     assert row["rank_spread"] == seeds.rank_spread[0, 2]
     assert row["differing_seeds"] == 2
 
 
-def test_the_picture_begins_with_the_mean_over_seeds(three: Path) -> None:
-    charts = curves_chart(compared(three)).to_dict()["vconcat"]
+def test_the_picture_begins_with_the_mean_over_seeds(compared_three: RankingCurves) -> None:
+    charts = curves_chart(compared_three).to_dict()["vconcat"]
     assert charts[0]["title"]["text"] == "org/a-seed*@step* along training step, seeds 1, 2, 3"
 
 
@@ -207,14 +215,14 @@ def test_runs_of_earlier_versions_have_the_seed_of_their_series(tmp_path: Path) 
     assert seeds_of(tmp_path).seeds == [1, 2]
 
 
-def test_the_section_has_a_row_for_each_point_and_layer(three: Path) -> None:
-    points, layers = seed_section(seeds_of(three), "seeds").tables
+def test_the_section_has_a_row_for_each_point_and_layer(seeds: SeedCurves) -> None:
+    points, layers = seed_section(seeds, "seeds").tables
     assert [row.values["point"] for row in points.rows] == ["100", "200"]
     assert len(layers.rows) == LAYERS
 
 
-def test_the_section_names_the_layers_that_differ(three: Path) -> None:
-    points, _ = seed_section(seeds_of(three), "seeds").tables
+def test_the_section_names_the_layers_that_differ(seeds: SeedCurves) -> None:
+    points, _ = seed_section(seeds, "seeds").tables
     first, second = [row.values["differ"] for row in points.rows]
     assert first.endswith("2")
     assert second == ""
