@@ -60,18 +60,27 @@ def curve_of(root: Path, **options: Any) -> Curve:
     return curve
 
 
-def test_the_change_is_found_where_it_is(training: Path) -> None:
-    changes = changes_of(training)
+@pytest.fixture(scope="module")
+def changes(training: Path) -> SeriesChanges:
+    return changes_of(training)
+
+
+@pytest.fixture(scope="module")
+def curve(training: Path) -> Curve:
+    return curve_of(training)
+
+
+def test_the_change_is_found_where_it_is(changes: SeriesChanges) -> None:
     assert changes.units == 16
     assert not changes.is_changed[0].any()
     assert changes.is_changed[1, 1]
     assert changes.rank_moved[1, 1]
 
 
-def test_a_change_is_that_of_the_logarithm_of_the_stored_score(training: Path) -> None:
+def test_a_change_is_that_of_the_logarithm_of_the_stored_score(training: Path, changes: SeriesChanges) -> None:
     scores = avss_dist.compare(warehouse=training, along="step").table()["score"].to_numpy().reshape(3, LAYERS)
     centered = np.log(scores) - np.log(scores).mean(axis=1, keepdims=True)
-    np.testing.assert_allclose(changes_of(training).change, np.diff(centered, axis=0), rtol=1e-9)
+    np.testing.assert_allclose(changes.change, np.diff(centered, axis=0), rtol=1e-9)
 
 
 def test_shards_that_are_cut_otherwise_are_merged_to_common_ones(training: Path, tmp_path: Path) -> None:
@@ -195,8 +204,7 @@ def test_the_changes_of_other_scores_are_those_of_the_stored_ones(score: str, tm
     np.testing.assert_allclose(changes_of(tmp_path, reading).change, np.diff(centered, axis=0), rtol=1e-9, atol=1e-12)
 
 
-def test_the_table_compares_each_point_with_the_one_before(training: Path) -> None:
-    curve = curve_of(training)
+def test_the_table_compares_each_point_with_the_one_before(curve: Curve) -> None:
     assert curve.changes is not None
     rows = list(curve.rows())
     assert "change" not in rows[0]
@@ -205,34 +213,32 @@ def test_the_table_compares_each_point_with_the_one_before(training: Path) -> No
     assert [row["lowest_as_last"] for row in rows[-LAYERS:]] == [1.0] * LAYERS
 
 
-def test_the_sentences_tell_which_layers_changed_between_which_points(training: Path) -> None:
-    sentences = curve_section(curve_of(training), "curve").sentences
+def test_the_sentences_tell_which_layers_changed_between_which_points(curve: Curve) -> None:
+    sentences = curve_section(curve, "curve").sentences
     (line,) = [sentence for sentence in sentences if sentence.startswith("200 to 300: ")]
     assert re.search(r"most layer 1 \(\+1\.\d+, p 0\.00024\); in rank 1", line)
 
 
-def map_of(root: Path) -> Chart:
-    (chart,) = curve_section(curve_of(root), "curve").charts
+def map_of(curve: Curve) -> Chart:
+    (chart,) = curve_section(curve, "curve").charts
     return chart
 
 
-def test_the_map_marks_what_changed_and_nothing_else(training: Path) -> None:
-    changes = changes_of(training)
-    marks = {(row["point"], row["layer"]): row["changed"] for row in map_of(training).rows if row["changed"]}
+def test_the_map_marks_what_changed_and_nothing_else(changes: SeriesChanges, curve: Curve) -> None:
+    marks = {(row["point"], row["layer"]): row["changed"] for row in map_of(curve).rows if row["changed"]}
     changed = {("300", layer) for layer in np.flatnonzero(changes.is_changed[1]).tolist()}
     assert marks.keys() == changed
     assert marks["300", 1] == RANK
 
 
-def test_the_map_has_the_size_and_the_p_value_of_a_change(training: Path) -> None:
-    changes = changes_of(training)
-    row = map_of(training).rows[LAYERS * 2 + 1]
+def test_the_map_has_the_size_and_the_p_value_of_a_change(changes: SeriesChanges, curve: Curve) -> None:
+    row = map_of(curve).rows[LAYERS * 2 + 1]
     assert row["change"] == changes.change[1, 1]
     assert row["p"] == changes.p[1, 1]
 
 
-def test_the_map_is_drawn_with_its_marks(training: Path) -> None:
-    chart = map_of(training)
+def test_the_map_is_drawn_with_its_marks(curve: Curve) -> None:
+    chart = map_of(curve)
     rows = list(chart.rows)
     spec = section_chart(chart) | {"datasets": {"rows": rows}, "width": 400}
     svg = vl_convert.vegalite_to_svg(spec)
@@ -243,7 +249,7 @@ def test_the_map_is_drawn_with_its_marks(training: Path) -> None:
 def test_a_map_without_a_claim_has_no_marks(tmp_path: Path) -> None:
     for step in (100, 200):
         write_step(tmp_path, step, shards_of(step, SCALES, 4))
-    assert "changed" not in map_of(tmp_path).rows[0]
+    assert "changed" not in map_of(curve_of(tmp_path)).rows[0]
 
 
 def test_few_shards_have_a_note_about_the_smallest_p(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from support.distilling import SMALL
 from support.events import events_of
 from support.json_files import write_json
 from support.pairs import write_pairs
+from support.tiers import nightly
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import avss_dist
@@ -444,7 +445,7 @@ def changed_copy(folder: Path, to: Path, change: Callable[[str, torch.Tensor], t
     return to
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", *nightly("float16")])
 def test_the_record_is_of_the_file_as_it_is_loaded(
     dtype: str, distill: Distill, student: Path, other_corpus: Path, tmp_path: Path
 ) -> None:

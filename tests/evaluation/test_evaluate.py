@@ -17,6 +17,7 @@ from support.experiments import cell_times
 from support.rows import only_row, where
 from support.tables import assert_same_evaluations, evaluation_rows, table_rows
 from support.texts import SAME, TEXT, sentences
+from support.tiers import nightly
 from support.word_tokenizers import word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -361,7 +362,7 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("added", ["$A", "<bos> $A", "<bos> $A <eos>"])
+@pytest.mark.parametrize("added", ["$A", "<bos> $A <eos>", *nightly("<bos> $A")])
 def test_the_perplexity_of_a_text_is_that_of_transformers(added: str, text: Path, tmp_path: Path) -> None:
     folder = save_with_words(tmp_path / "model", llama(), added)
     (evaluation,) = evaluate([folder], tasks=[f"perplexity:{text}"], warehouse=tmp_path / "w", **SHORT_ROWS)

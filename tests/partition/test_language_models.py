@@ -87,7 +87,7 @@ def test_device_map_answers_as_one_device_does(family: str, folder_of: Callable[
     assert_same(answers(model_of(in_memory), composed(family)), expected)
 
 
-@pytest.mark.parametrize("partition", ["streaming", "device_map"])
+@pytest.mark.parametrize("partition", all_of(["streaming", "device_map"], ["streaming"]))
 def test_the_harness_is_answered_as_by_one_device(partition: str, tiny_llama: Path, tmp_path: Path) -> None:
     """All batches of a task are asked together: streaming reads the weights once for them."""
     (measure,) = harness_task(write_questions(tmp_path)).parts

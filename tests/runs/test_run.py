@@ -24,6 +24,7 @@ from support.oracle import assert_equal_stats
 from support.planning import llama_like, plan, run_spec
 from support.processes import threads_of_drivers
 from support.tables import assert_same_tables, measured_files, run_rows
+from support.tiers import nightly
 from support.warehouses import SCALES, activations, stats_of, write_shard
 from transformers import Gemma2Config, LlamaConfig, PretrainedConfig
 
@@ -237,7 +238,7 @@ def damage_row(out: Path, run_id: str) -> None:
     file.write_bytes(file.read_bytes()[:100])
 
 
-@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("fresh", [False, *nightly(True)])
 def test_a_damaged_row_of_a_failure_is_replaced_by_that_of_the_next_attempt(
     fresh: bool, tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -252,7 +253,7 @@ def test_a_damaged_row_of_a_failure_is_replaced_by_that_of_the_next_attempt(
     assert Warehouse(warehouse).runs()["status"].to_pylist() == ["done"]
 
 
-@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("fresh", [True, *nightly(False)])
 def test_a_damaged_row_of_a_failure_stops_no_other_run(fresh: bool, tiny_llama: Path, tmp_path: Path) -> None:
     models = [str(tmp_path / "gone"), str(tiny_llama)]
     out = tmp_path / "w"

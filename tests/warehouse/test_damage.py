@@ -389,7 +389,7 @@ def test_a_flipped_byte_leaves_its_run_out(table: str, root: Path) -> None:
         assert list(warehouse.damaged) == ["beta-2"], offset
 
 
-@pytest.mark.parametrize("table", DAMAGED_TABLES)
+@pytest.mark.parametrize("table", all_of(DAMAGED_TABLES, ["scores"]))
 def test_a_flipped_byte_leaves_its_run_out_of_a_query(table: str, root: Path) -> None:
     query = SUM.format(table)
     others = Warehouse(root).sql(f"{query} WHERE run_id <> 'beta-2'")
@@ -433,7 +433,7 @@ def test_a_description_of_an_unfinished_run_that_is_none_tells_nothing(text: str
     assert row == dict.fromkeys(row) | {"run_id": "r", "kept_shards": 0}
 
 
-@pytest.mark.parametrize("table", ["runs", "scores"])
+@pytest.mark.parametrize("table", ["scores", *nightly("runs")])
 def test_a_flipped_byte_of_a_part_changes_no_row(table: str, copied: Path) -> None:
     query = SUM.format(table)
     Warehouse(copied).compact()
@@ -445,7 +445,7 @@ def test_a_flipped_byte_of_a_part_changes_no_row(table: str, copied: Path) -> No
         assert not warehouse.damaged
 
 
-@pytest.mark.parametrize("table", ["runs", "scores"])
+@pytest.mark.parametrize("table", ["runs", *nightly("scores")])
 def test_a_flipped_byte_of_a_part_in_the_cache_changes_no_row(table: str, copied: Path, tmp_path: Path) -> None:
     query = SUM.format(table)
     expected = Warehouse(copied).sql(query)
