@@ -144,7 +144,7 @@ def ranking_curves(
     scores = ShardScores(warehouse, reading)
     tested = with_changes(scores, curves)
     groups, notes = join_seeds(tested, allow_mismatch=allow_mismatch)
-    seeds = _with_differences(scores, groups, tested)
+    seeds = with_differences(scores, groups, tested)
     return RankingCurves(curves=tested, left_out=left_out, seeds=seeds, notes=notes)
 
 
@@ -170,7 +170,7 @@ def with_changes(scores: ShardScores, curves: Sequence[Curve]) -> list[Curve]:
     return tested
 
 
-def _with_differences(scores: ShardScores, groups: Sequence[SeedCurves], curves: Sequence[Curve]) -> list[SeedCurves]:
+def with_differences(scores: ShardScores, groups: Sequence[SeedCurves], curves: Sequence[Curve]) -> list[SeedCurves]:
     """Return groups of seeds with their differences, or the reason why nothing is claimed about them.
 
     Args:
@@ -432,6 +432,29 @@ def seed_section(seeds: SeedCurves, name: str) -> Section:
         charts=charts,
         tables=[points, layers],
     )
+
+
+def seed_maps_section(seeds: SeedCurves, name: str) -> Section:
+    """Return the section of a group of seeds with a map and the tables of each seed beside those of all.
+
+    Args:
+        name: base name of its files.
+    """
+    section = seed_section(seeds, name)
+    sentences = list(section.sentences)
+    charts = list(section.charts)
+    tables = list(section.tables)
+    for curve in seeds.curves:
+        label = f"seed {curve.seed}"
+        of_seed = curve_section(curve, f"{name}-{curve.seed}")
+        # The maps have the changes, of which there are as many sentences for each seed.
+        told = of_seed.sentences[:1] if curve.changes is not None else of_seed.sentences
+        sentences.append(f"{label.capitalize()}: {' '.join(told)}")
+        for chart in of_seed.charts:
+            charts.append(replace(chart, title=f"{chart.title}, {label}"))
+        for table in of_seed.tables:
+            tables.append(replace(table, title=f"{table.title}, {label}"))
+    return replace(section, sentences=sentences, charts=charts, tables=tables)
 
 
 def _seed_point_rows(seeds: SeedCurves) -> list[ReportRow]:

@@ -20,9 +20,9 @@ import pytest
 import vl_convert
 from rich.console import Console
 from support.command_line import succeed
-from support.pages import write_failed, write_many, write_removals, write_run
+from support.pages import measured, write_failed, write_many, write_removals, write_run
 from support.rows import column, columns, mapping, where
-from support.warehouses import PUBLISHED, unpack_released, write_scores
+from support.warehouses import PUBLISHED, unpack_released, write_measured, write_scores
 
 from avss_dist.analysis.agreement import correlate_pairs
 from avss_dist.analysis.chosen import run_labels
@@ -694,3 +694,16 @@ def test_a_map_of_a_training_has_its_changes_and_hostile_names_as_data(tmp_path:
     assert HOSTILE in picture["label"]
     assert len(page.attributes("script")) == 3
     assert not page.attributes("img")
+
+
+def test_seeds_of_a_training_have_a_map_each_beside_that_of_their_mean(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        for step in (1, 2, 4):
+            about: dict[str, Any] = {"series": f"seed{seed}@step*", "seed": seed, "seed_group": "seed*@step*"}
+            about |= {"training_step": step, "revision": f"r{seed}-{step}", "tokens_fingerprint": "tokens"}
+            shards = measured(4, 10 * seed + step, 8, ("block",), None)
+            write_measured(tmp_path, f"a-{seed}-{step}", shards, 4, 16, **about)
+    page = Page(report_page(Warehouse(tmp_path)))
+    titles = [picture["label"] for picture in page.data["pictures"].values()]
+    assert titles == ["seed*@step* along training step, seeds 1, 2"] * 3
+    assert page.data["pictures"].keys() == {"seeds-1", "seeds-1-1", "seeds-1-2"}

@@ -24,11 +24,21 @@ from avss_dist.analysis.chosen import run_labels
 from avss_dist.analysis.compared import compared_sections
 from avss_dist.analysis.comparison import differing, profiles, with_conditions
 from avss_dist.analysis.contrast import contrast, contrast_section
-from avss_dist.analysis.curves import AXES, Curve, curve_section, curves_of, with_changes
+from avss_dist.analysis.curves import (
+    AXES,
+    TRAINING,
+    Curve,
+    curve_section,
+    curves_of,
+    seed_maps_section,
+    with_changes,
+    with_differences,
+)
 from avss_dist.analysis.experiments import NewestExperiment, newest_experiments
 from avss_dist.analysis.findings import findings
 from avss_dist.analysis.scorecard import best_readings, describe_agreement, page_section, score_cards
 from avss_dist.analysis.section import ReportColumn, ReportRow, ReportTable, Section, page_number
+from avss_dist.analysis.seeds import join_seeds
 from avss_dist.analysis.thresholds import at_reading
 from avss_dist.analysis.verdict import (
     CLAIMED_KEPT,
@@ -444,13 +454,26 @@ def _reading(finding: TableRow) -> str:
 
 
 def _curve_sections(warehouse: Warehouse, runs: Sequence[TableRow]) -> list[Section]:
-    """Return a section for each of the longest curves of runs."""
-    curves = _curves(warehouse, runs)
-    return [curve_section(curve, f"curve-{number}") for number, curve in enumerate(curves, start=1)]
+    """Return a section for each group of trainings that differ in the seed alone, and each other curve of runs."""
+    site, recipe, value, kind = PUBLISHED
+    threshold = Threshold(value=value, kind=kind)
+    scores = ShardScores(warehouse, Reading(site=site, recipe=recipe, threshold=threshold, score=FROM_ACTIVATIONS[0]))
+    curves = with_changes(scores, _curves(warehouse, runs))
+    trainings = [curve for curve in curves if curve.along in TRAINING]
+    groups, _ = join_seeds(trainings, allow_mismatch=False)
+    sections = []
+    in_groups: list[Curve] = []
+    for number, seeds in enumerate(with_differences(scores, groups, curves), start=1):
+        sections.append(seed_maps_section(seeds, f"seeds-{number}"))
+        in_groups += seeds.curves
+    for number, curve in enumerate(curves, start=1):
+        if curve not in in_groups:
+            sections.append(curve_section(curve, f"curve-{number}"))
+    return sections
 
 
 def _curves(warehouse: Warehouse, runs: Sequence[TableRow]) -> list[Curve]:
-    """Return the longest curves of runs, each set of runs once, with the changes of trainings."""
+    """Return the longest curves of runs, each set of runs once."""
     site, recipe, value, kind = PUBLISHED
     threshold = Threshold(value=value, kind=kind)
     conditions = [with_conditions(run) for run in runs]
@@ -462,8 +485,7 @@ def _curves(warehouse: Warehouse, runs: Sequence[TableRow]) -> list[Curve]:
             if len(run_ids) >= MIN_CURVE:
                 by_runs.setdefault(run_ids, curve)
     longest_first = sorted(by_runs.values(), key=lambda curve: -len(curve.runs))
-    reading = Reading(site=site, recipe=recipe, threshold=threshold, score=FROM_ACTIVATIONS[0])
-    return with_changes(ShardScores(warehouse, reading), longest_first[:MAX_CURVES])
+    return longest_first[:MAX_CURVES]
 
 
 def _scorecards(
