@@ -403,6 +403,12 @@ def _no_pair(selected: Sequence[Profile], by: str, allow_mismatch: bool) -> Quer
             f"These runs are not comparable: they differ in {'; '.join(texts)}.",
             "Choose alike ones, name what they differ in (`by` corpus, `by` dtype), or pass `allow_mismatch`.",
         )
+    if by == "seed" and runs and all(run["seed"] is None for run in runs):
+        return QueryError(
+            "The seed of no run is known.",
+            "Names like run-seed3 tell it, and `seeds` and `names` of a job file. Runs that were stored before need "
+            "`fresh`.",
+        )
     labels = sorted({profile.label(by) for profile in selected})
     if not labels:
         hint = "There are no scores of that site, recipe and threshold: avss query 'SUMMARIZE scores' lists them."

@@ -314,6 +314,12 @@ def write_seeds(root: Path, *seeds: int | None, **columns: Any) -> None:
         write_scores(root, run_id, (UP, MIXED, DOWN)[number], model=f"org/m-seed{seed}", **described)
 
 
+def test_runs_without_seeds_say_what_tells_a_seed(tmp_path: Path) -> None:
+    write_seeds(tmp_path, None, None)
+    with pytest.raises(QueryError, match="The seed of no run is known"):
+        pairs(tmp_path, by="seed")
+
+
 def test_seeds_are_compared_at_the_same_step(tmp_path: Path) -> None:
     write_seeds(tmp_path, 1, 2, 3)
     write_seeds(tmp_path, 1, 2, training_step=200)

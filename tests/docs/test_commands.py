@@ -27,6 +27,8 @@ ONLY_PARSED = {
     "--address": "needs a cluster",
     "--ranks": "starts processes; tests/partition has it",
     "--along": "needs several checkpoints of a training; tests/analysis has it",
+    "--watch": "waits for checkpoints of a training; tests/runs has it",
+    "seed": "needs several seeds of a training; tests/analysis has it",
     "--allow-pickle": "needs a checkpoint of a training; tests/models has it",
     "hf:": "needs the network",
     "hellaswag": "needs the network",

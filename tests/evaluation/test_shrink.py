@@ -458,8 +458,7 @@ def other(tmp_path: Path) -> Path:
 
 def test_every_domain_is_evaluated(other: Path, warehouse: Path, deep: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    texts = ("--repair-corpora", TEXT, "--repair-corpora", other)
-    told = succeed(*shrink_command(deep, out, "-w", warehouse, *texts, "--repair", "channel"))
+    told = succeed(*shrink_command(deep, out, "-w", warehouse, "--repair-corpora", other, "--repair", "channel"))
     printed = in_one_line(told.stdout)
     for text in ("whole model", "2 layers dropped", "repaired by channel", "other.txt", "6 of 8 layers", "kept", "%"):
         assert text in printed
