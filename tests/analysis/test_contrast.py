@@ -291,6 +291,7 @@ def test_the_planted_layer_is_named_and_no_other_site_of_any(
     assert standing(contrasted.layers) == named
 
 
+@pytest.mark.nightly
 def test_the_page_shows_it_and_escapes_labels(scored: Warehouse, run: dict[str, Any]) -> None:
     page = report_page(scored)
     assert "<b>right" not in page

@@ -98,6 +98,7 @@ def run_ids(warehouse: Path) -> dict[str, str]:
     return mapping(rows(warehouse, "SELECT family, run_id FROM runs"), "family", "run_id")
 
 
+@pytest.mark.nightly
 def test_nothing_that_is_refused_is_recommended_to_an_encoder(scored: Path, tmp_path: Path) -> None:
     """Takes over 5 seconds where it draws the first page of its process, which imports what draws."""
     plan = tmp_path / "plan.yaml"

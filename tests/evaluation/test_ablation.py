@@ -368,6 +368,7 @@ def test_resumed_or_not_the_contributions_are_the_same(four_layers: Path, monkey
 # Plans
 
 
+@pytest.mark.nightly
 def test_plans_need_the_ablation_and_evaluate_to_its_losses(tiny_llama: Path, tmp_path: Path) -> None:
     warehouse = tmp_path / "w"
     plan = tmp_path / "plan.yaml"

@@ -131,6 +131,7 @@ SHRINK: dict[str, Any] = {**READ, "max_sequences": 32, "repair": "channel", "cor
 """With the first layer protected: a cut before it has nothing to repair, and fewer evaluations than are forecast."""
 
 
+@pytest.mark.nightly
 def test_shrinking_measures_what_was_forecast(tiny_llama: Path, tmp_path: Path) -> None:
     evaluations = 0
 

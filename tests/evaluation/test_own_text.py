@@ -262,6 +262,7 @@ def test_a_model_whose_tokenizer_has_no_start_is_fitted_on_the_given_text_alone(
     assert "has no token to begin a text with" in str(writing_obstacle(model))
 
 
+@pytest.mark.nightly
 def test_a_model_that_generates_nothing_is_fitted_on_the_given_text_alone(
     deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +293,7 @@ def test_own_text_is_held_out_from_nothing(deep: Path) -> None:
 # Other commands
 
 
+@pytest.mark.nightly
 def test_pruning_and_distillation_read_one_text(
     deep: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,6 +350,7 @@ experiment:
 """
 
 
+@pytest.mark.nightly
 def test_an_experiment_repairs_on_own_text(deep: Path, tmp_path: Path) -> None:
     _, rows = run_job_in(tmp_path, JOB, deep)
     assert {row["repair"] for row in rows} == {None, "channel"}

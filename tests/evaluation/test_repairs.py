@@ -260,6 +260,7 @@ def test_a_fit_says_how_far_it_is(
 # As an axis of an experiment
 
 
+@pytest.mark.nightly
 def test_every_choice_is_evaluated_with_every_repair(done: Done) -> None:
     job, rows = done
     by_choice = {(row["method"], row["repair"]): row for row in rows if row["metric"] == "loss"}
@@ -317,6 +318,7 @@ def test_a_row_is_what_the_pruned_checkpoint_gives(repair: str, done: Done, deep
     assert (from_warehouse / "model.safetensors").read_bytes() == (fitted_here / "model.safetensors").read_bytes()
 
 
+@pytest.mark.nightly
 def test_a_repaired_checkpoint_is_not_asked_what_it_was_fitted_on(deep: Path, tmp_path: Path) -> None:
     """Questions, of a file of them; those behind are asked."""
     file = tmp_path / "questions.jsonl"

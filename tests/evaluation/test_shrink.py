@@ -456,6 +456,7 @@ def other(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.nightly
 def test_every_domain_is_evaluated(other: Path, warehouse: Path, deep: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     told = succeed(*shrink_command(deep, out, "-w", warehouse, "--repair-corpora", other, "--repair", "channel"))
@@ -613,6 +614,7 @@ def distilled(done: Shrunk, deep: Path, tmp_path_factory: pytest.TempPathFactory
     return shrunk(deep, out, distill_tokens=TOKENS, on_event=events.append), events
 
 
+@pytest.mark.nightly
 def test_the_distilled_checkpoint_is_the_output_and_is_evaluated(
     distilled: Observed, deep: Path, tmp_path: Path
 ) -> None:
@@ -655,6 +657,7 @@ def test_the_distilled_checkpoint_is_the_output_and_is_evaluated(
     assert own.trained_rows > 0
 
 
+@pytest.mark.nightly
 def test_the_table_the_card_and_the_texts_are_those_of_the_distilled_model(distilled: Observed) -> None:
     shrunken, _ = distilled
     assert shrunken.distillation is not None
@@ -671,6 +674,7 @@ def test_the_table_the_card_and_the_texts_are_those_of_the_distilled_model(disti
         assert words in card, words
 
 
+@pytest.mark.nightly
 def test_the_card_says_which_rows_were_fitted_and_which_were_evaluated(distilled: Observed) -> None:
     shrunken, _ = distilled
     card = card_of(shrunken)
@@ -678,6 +682,7 @@ def test_the_card_says_which_rows_were_fitted_and_which_were_evaluated(distilled
         assert words in card, words
 
 
+@pytest.mark.nightly
 def test_the_card_has_the_value_of_the_distilled_model_alone(distilled: Observed) -> None:
     shrunken, _ = distilled
     assert card_of(shrunken).count("Evaluated: ") == len(shrunken.best.tasks)

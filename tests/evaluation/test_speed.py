@@ -290,6 +290,7 @@ def test_csv_has_no_place_for_speed(pruned: Path, tmp_path: Path) -> None:
 SHRINK = {**READ, "max_sequences": 16, "repair": "none", "corpus": TEXT}
 
 
+@pytest.mark.nightly
 def test_shrinking_measures_the_model_without_its_layers(tiny_llama: Path, tmp_path: Path) -> None:
     done = avss_dist.shrink(tiny_llama, output=tmp_path / "out", **SHRINK)
     assert done.speed is not None

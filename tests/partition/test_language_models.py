@@ -69,7 +69,8 @@ def test_streaming_answers_as_one_device_does(family: str, folder_of: Callable[[
     single.close()
 
 
-@pytest.mark.parametrize("family", all_of([*FAMILIES, *OTHERS], ["qwen3_moe"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_device_map_answers_as_one_device_does(family: str, folder_of: Callable[[str], Path]) -> None:
     """Two layers are on disk; then nothing is, and there are gradients, which is tried of one family."""
     single = opened(folder_of(family), "single")

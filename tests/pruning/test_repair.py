@@ -477,6 +477,7 @@ def error_of(record: RepairRecord) -> float:
     return cut.error_after
 
 
+@pytest.mark.nightly
 def test_every_text_counts_alike_or_by_its_weight(tiny_llama: Path, tmp_path: Path) -> None:
     """A text given twice changes nothing; beside another, it counts as with twice the weight. The record says it."""
     other = tmp_path / "other.txt"

@@ -157,6 +157,7 @@ def test_a_stopped_driver_is_resumed(shared_ray: Cluster, tiny_llama: Path, undi
     assert_same_tables(tmp_path, undisturbed)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("shared_ray")
 def test_workers_write_and_say_little(tiny_llama: Path, undisturbed: Path, tmp_path: Path) -> None:
     """A partial goes to the warehouse from where it is measured; the driver hears a receipt of it."""
