@@ -39,6 +39,7 @@ from avss_dist.core.sites import SITES
 from avss_dist.core.thresholds import THRESHOLDS
 from avss_dist.corpus.shards import CorpusPlan, Shard
 from avss_dist.distillation.curve import ignore
+from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.models.checkpoint.training import TrainingPoint
 from avss_dist.partition.execution import Execution
 from avss_dist.partition.placement import Placement
@@ -255,7 +256,11 @@ class OneRunPlanner:
 def drive(out: Path, workers: int, shards: list[Shard], seconds: float) -> list[tuple[float, float]]:
     """Hand out all shards for so long; the clock and the driver's CPU time at every commit."""
     settings = Settings(device="cpu")
-    job: Any = Job(Placement(), settings, checkpoint=RUN_CHECKPOINT)
+    model = out.with_name(f"{out.name}-model")
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    checkpoint = Checkpoint(name=RUN.model, source="folder", path=str(model), revision=RUN.revision)
+    job: Any = Job(Placement(), settings, checkpoint=checkpoint)
     tokens = sum(shard.num_tokens for shard in shards)
     corpus = CorpusPlan(
         source="virtual",
@@ -283,13 +288,6 @@ def drive(out: Path, workers: int, shards: list[Shard], seconds: float) -> list[
         for _ in driver.run([VIRTUAL] * MOST_RUNS):
             pass
     return times.times
-
-
-class RUN_CHECKPOINT:  # noqa: N801
-    """What `RunInProgress` reads of a checkpoint."""
-
-    name = RUN.model
-    revision = RUN.revision
 
 
 def memory() -> tuple[float, float]:

@@ -17,7 +17,8 @@ STEPS = 24
 
 
 def teacher_writes(part: Path) -> bool:
-    return any(part.glob("self-*.part"))
+    texts = part.parent.parent / "cache-killed" / "avss_dist" / "own_texts"
+    return any(texts.rglob("*.parquet"))
 
 
 def checkpoint_is_being_written(part: Path) -> bool:
