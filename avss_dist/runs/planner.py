@@ -281,7 +281,7 @@ class Planner:
 def _states_of(model: str) -> tuple[FileState, ...]:
     """Return the states of the files in a folder. A hub id has none."""
     with suppress(OSError):
-        return file_states(Path(model).expanduser().resolve())
+        return file_states(Path(os.path.expanduser(model)).resolve())
     return ()
 
 

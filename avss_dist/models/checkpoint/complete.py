@@ -231,7 +231,7 @@ def _require_numbers(checkpoint: Checkpoint, model: nn.Module) -> None:
         return  # The weights were unpacked as they were loaded, and the model's own configuration says so no more.
     floating = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
     for tensor in stored_tensors(checkpoint):
-        if tensor.name in floating and not _is_number(tensor):
+        if tensor.name in floating and not is_number(tensor):
             raise ModelError(
                 f"'{checkpoint.name}' stores '{tensor.name}' as {tensor.dtype}, and its config.json has no "
                 "quantization_config that says how to unpack it.",
@@ -239,7 +239,7 @@ def _require_numbers(checkpoint: Checkpoint, model: nn.Module) -> None:
             )
 
 
-def _is_number(tensor: TensorInfo) -> bool:
+def is_number(tensor: TensorInfo) -> bool:
     """Whether the elements of a stored tensor are floating-point numbers of 16 bits or more."""
     dtype = DTYPES.get(tensor.dtype)
     return dtype is not None and dtype.is_floating_point and dtype.itemsize >= 2

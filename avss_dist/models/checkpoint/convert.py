@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -73,7 +74,7 @@ def convert_pickles(spec: str, *, trust_remote_code: bool = False) -> None:
         ModelError: the checkpoint does not exist, or its files hold more than tensors, are damaged, or lack some.
         StorageFull: there is no space left.
     """
-    folder = Path(spec).expanduser()
+    folder = Path(os.path.expanduser(spec))
     if not folder.exists():
         folder = fetch_files(spec, [*CONFIGURATION, WEIGHTS]).folder
         if not weight_files(folder):

@@ -33,6 +33,7 @@ from torch import nn
 from avss_dist.core.errors import ModelError
 from avss_dist.core.settings import Settings
 from avss_dist.core.values import JsonObject
+from avss_dist.models.checkpoint.complete import is_number
 from avss_dist.models.checkpoint.loading import renaming, without_head
 from avss_dist.models.checkpoint.locate import Checkpoint, read_config
 from avss_dist.models.checkpoint.quantization import quantization_method
@@ -57,8 +58,6 @@ _UNREADABLE = (
 """Errors over a bad checkpoint. Loading it anew explains them."""
 _NAMES = ("name_or_path", "transformers_version")
 """Ends of the keys of ``config.json`` that change no number."""
-_NUMBER_BYTES = 2
-"""Bytes of the smallest element that is a number as it is stored. Smaller ones are quantized."""
 _OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
 """Attributes of every module that torch itself sets: parameters, buffers, hooks and children."""
 
@@ -135,7 +134,7 @@ class ReloadableModel:
 
 @dataclass(frozen=True)
 class _ComparedFiles:
-    """What a model's checkpoint has in common with those whose weights it can take.
+    """Properties that a model's checkpoint shares with those whose weights the model can take.
 
     Attributes:
         config: its ``config.json``, without names.
@@ -263,7 +262,7 @@ def _is_plain(stored: StoredTensor, weight: torch.Tensor) -> bool:
     dtype = DTYPES.get(stored.dtype)
     if dtype is None or not weight.is_floating_point():
         return dtype == weight.dtype
-    return dtype.is_floating_point and dtype.itemsize >= _NUMBER_BYTES
+    return is_number(stored)
 
 
 def _is_whole(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> bool:
