@@ -48,8 +48,10 @@ if TYPE_CHECKING:
 MIN_POINTS = 2  # of a curve
 MAX_DRAWN = 12  # curves in a picture
 MIN_TREND = 4  # points from which the correlation of a rank with the axis is told
-MAX_SHARDS = 5_000  # shards that are read to test changes of one training; one takes about 15 ms of processor time
-MAX_SHARDS_OF_SEVERAL = 500  # of several trainings together, so that a look at a whole warehouse stays fast
+MAX_MEASUREMENTS = 150_000
+"""Measurements of layers in shards that are read to test the changes of one training: 30 take about 15 ms of processor
+time."""
+MAX_MEASUREMENTS_OF_SEVERAL = 15_000  # of several trainings together, so that a look at a whole warehouse stays fast
 SETTLED = 0.95  # share of resamples from which on the lowest layers are said to be those of the last point
 TRAINING = ("step", "tokens")
 """Axes whose curves are trainings."""
@@ -151,20 +153,20 @@ def ranking_curves(
 def with_changes(scores: ShardScores, curves: Sequence[Curve]) -> list[Curve]:
     """Return curves, those of trainings with their changes, or the reason why nothing is claimed about them."""
     trainings = [curve for curve in curves if curve.along in TRAINING]
-    limit = MAX_SHARDS if len(trainings) == 1 else MAX_SHARDS_OF_SEVERAL
+    limit = MAX_MEASUREMENTS if len(trainings) == 1 else MAX_MEASUREMENTS_OF_SEVERAL
     tested = []
-    num_shards = 0
+    measurements = 0
     for curve in curves:
         if curve.along not in TRAINING:
             tested.append(curve)
             continue
-        of_curve = _count_shards(curve.runs)
-        if num_shards + of_curve > limit:
+        of_curve = _count_measurements(curve.runs)
+        if measurements + of_curve > limit:
             tested.append(replace(curve, no_claim=_describe_limit(of_curve, limit, len(trainings))))
             continue
         try:
             tested.append(replace(curve, changes=series_changes(scores, curve.runs)))
-            num_shards += of_curve
+            measurements += of_curve
         except (QueryError, WarehouseError) as error:
             tested.append(replace(curve, no_claim=_reason(error)))
     return tested
@@ -177,34 +179,35 @@ def with_differences(scores: ShardScores, groups: Sequence[SeedCurves], curves: 
         curves: all curves. The shards of those with changes have been read.
     """
     read: set[str] = set()
-    num_shards = 0
+    measurements = 0
     for curve in curves:
         if curve.changes is not None:
             read.update(run["run_id"] for run in curve.runs)
-            num_shards += _count_shards(curve.runs)
+            measurements += _count_measurements(curve.runs)
     tested = []
     for group in groups:
         unread = [run for run in group.runs() if run["run_id"] not in read]
-        of_group = _count_shards(unread)
-        if num_shards + of_group > MAX_SHARDS_OF_SEVERAL:
-            shards = _count_shards(group.runs())
+        of_group = _count_measurements(unread)
+        if measurements + of_group > MAX_MEASUREMENTS_OF_SEVERAL:
+            in_all = _count_measurements(group.runs())
             reason = (
-                f"The runs of its seeds have {shards:,} shards, and {MAX_SHARDS_OF_SEVERAL:,} are read where several "
-                "trainings are compared. Choose fewer seeds or steps with `run`."
+                f"The shards of its seeds hold {in_all:,} measurements of layers, and "
+                f"{MAX_MEASUREMENTS_OF_SEVERAL:,} are read where several trainings are compared. Choose fewer seeds or "
+                "steps with `run`."
             )
             tested.append(replace(group, no_claim=reason))
             continue
         try:
             tested.append(replace(group, differences=seed_differences(scores, group)))
-            num_shards += of_group
+            measurements += of_group
         except (QueryError, WarehouseError) as error:
             tested.append(replace(group, no_claim=_reason(error)))
     return tested
 
 
-def _count_shards(runs: Sequence[TableRow]) -> int:
-    """Return the number of shards of runs."""
-    return sum(run["num_shards"] or 0 for run in runs)
+def _count_measurements(runs: Sequence[TableRow]) -> int:
+    """Return the number of measurements of layers in the shards of runs."""
+    return sum((run["num_shards"] or 0) * (run["num_layers"] or 1) for run in runs)
 
 
 def _reason(error: QueryError | WarehouseError) -> str:
@@ -214,14 +217,12 @@ def _reason(error: QueryError | WarehouseError) -> str:
     return error.message
 
 
-def _describe_limit(shards: int, limit: int, trainings: int) -> str:
+def _describe_limit(measurements: int, limit: int, trainings: int) -> str:
     """Return the reason why the changes of a training with many shards are not tested."""
+    reason = f"Its shards hold {measurements:,} measurements of layers, and {limit:,} are read"
     if trainings == 1:
-        return f"Its runs have {shards:,} shards, and {limit:,} are read. Choose fewer runs with `run`."
-    return (
-        f"Its runs have {shards:,} shards, and {limit:,} are read where several trainings are compared. Compare it "
-        "alone: choose its runs with `run`."
-    )
+        return f"{reason}. Choose fewer runs with `run`."
+    return f"{reason} where several trainings are compared. Compare it alone: choose its runs with `run`."
 
 
 def _reasons_left_out(

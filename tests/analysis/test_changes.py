@@ -260,7 +260,7 @@ def test_few_shards_have_a_note_about_the_smallest_p(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "series"),
-    [("MAX_SHARDS", ["org/a@step*"]), *nightly(("MAX_SHARDS_OF_SEVERAL", ["org/a@step*", "org/b@step*"]))],
+    [("MAX_MEASUREMENTS", ["org/a@step*"]), *nightly(("MAX_MEASUREMENTS_OF_SEVERAL", ["org/a@step*", "org/b@step*"]))],
     ids=["one-training", "several-trainings"],
 )
 def test_nothing_is_claimed_where_there_is_too_much_to_read(
@@ -270,10 +270,10 @@ def test_nothing_is_claimed_where_there_is_too_much_to_read(
         for step in (100, 200):
             columns = {**SERIES, "series": name, "training_step": step, "revision": f"r{step}"}
             write_measured(tmp_path, f"{number}-{step}", shards_of(step, SCALES), LAYERS, 8, **columns)
-    monkeypatch.setattr(curves, limit, 31)
+    monkeypatch.setattr(curves, limit, 32 * LAYERS - 1)
     compared = avss_dist.compare(warehouse=tmp_path, along="step", threshold=1e-5)
     reasons = {curve.no_claim.partition(" are read")[0] for curve in compared.curves}
-    assert reasons == {"Its runs have 32 shards, and 31"}
+    assert reasons == {f"Its shards hold {32 * LAYERS} measurements of layers, and {32 * LAYERS - 1}"}
 
 
 @pytest.mark.nightly

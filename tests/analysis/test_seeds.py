@@ -183,7 +183,7 @@ def test_seeds_in_one_series_are_refused(tmp_path: Path) -> None:
 
 def test_the_shards_of_seeds_are_read_once(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They count once against the limit, too. Where shards are cut alike, their boundaries are read apart."""
-    monkeypatch.setattr(curves, "MAX_SHARDS_OF_SEVERAL", 96)
+    monkeypatch.setattr(curves, "MAX_MEASUREMENTS_OF_SEVERAL", 96 * LAYERS)
     read: list[str] = []
     read_partials = Warehouse.read_partials
 
@@ -198,8 +198,10 @@ def test_the_shards_of_seeds_are_read_once(three: Path, monkeypatch: pytest.Monk
 
 
 def test_nothing_is_claimed_about_seeds_with_too_many_shards(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curves, "MAX_SHARDS_OF_SEVERAL", 95)
-    assert seeds_of(three).no_claim.startswith("The runs of its seeds have 96 shards, and 95 are read")
+    monkeypatch.setattr(curves, "MAX_MEASUREMENTS_OF_SEVERAL", 96 * LAYERS - 1)
+    assert seeds_of(three).no_claim.startswith(
+        f"The shards of its seeds hold {96 * LAYERS} measurements of layers, and"
+    )
 
 
 def test_seeds_under_other_conditions_are_no_group(tmp_path: Path) -> None:

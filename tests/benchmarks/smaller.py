@@ -5,7 +5,8 @@
 
 Each repair is fitted on ``--fit`` alone, and on it and as many rows of text that the model writes itself. Each
 checkpoint is then distilled on later rows of both, if ``--distill-tokens`` says so. FOLDER receives the checkpoints;
-those that it has are not made again. Perplexities are computed by plain transformers in float32, row by row.
+those that it has are not made again. Repairs are fitted in float32; passes of the distillation are in bfloat16 where
+the device multiplies it in hardware. Perplexities are computed by plain transformers in float32, row by row.
 
 The kept share is the perplexity of the whole model divided by that of the checkpoint. Behind it stands the difference
 from the first checkpoint of the table in points, with its 95% interval, over the same rows: those of `avss evaluate`
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,7 @@ from avss_dist.stats.intervals import jackknife_interval, left_out_weights
 SEQUENCE_LENGTH = 256
 OWN_TEXT = "self"
 """Name of the text that a model writes itself."""
-FIT_OPTIONS = {"sequence_length": SEQUENCE_LENGTH, "dtype": "float32", "device": "cpu"}
+TEXT_OPTIONS = {"sequence_length": SEQUENCE_LENGTH, "device": "cpu"}
 
 Losses = NDArray[np.float64]
 
@@ -105,7 +106,8 @@ def make_repaired(variant: Variant, folder: Path, options: argparse.Namespace) -
             repair=variant.repair,
             repair_corpora=variant.corpora,
             max_sequences=options.fit_rows,
-            **FIT_OPTIONS,
+            dtype="float32",
+            **TEXT_OPTIONS,
         )
     )
     print(f"{variant.name}: {seconds:,.0f} s", file=sys.stderr)
@@ -125,7 +127,7 @@ def make_distilled(variant: Variant, folder: Path, options: argparse.Namespace) 
             skip_sequences=options.fit_rows,
             allow_overlap=True,  # The figures of the training are not used.
             tokens=options.distill_tokens,
-            **FIT_OPTIONS,
+            **TEXT_OPTIONS,
         )
     )
     print(f"{variant.name}: {seconds:,.0f} s", file=sys.stderr)
@@ -183,26 +185,26 @@ def difference_interval(whole: Losses, smaller: Losses, reference: Losses) -> Lo
     return jackknife_interval(difference(np.ones(rows)), difference(left_out_weights(rows)))
 
 
-def table(results: Mapping[str, Mapping[str, Losses]], whole: Mapping[str, Losses]) -> Iterator[str]:
-    """Yield the rows of the table as Markdown.
+def row_of(
+    name: str, smaller: Mapping[str, Losses], reference: Mapping[str, Losses], whole: Mapping[str, Losses]
+) -> str:
+    """Return a row of the table as Markdown.
 
     Args:
-        results: losses of each checkpoint by text.
-        whole: losses of the whole model by text.
+        name: name of the checkpoint.
+        smaller: its losses by text.
+        reference: losses of the checkpoint that it is compared with. Differences from itself are not written.
+        whole: losses of the whole model.
     """
-    yield f"| | {' | '.join(whole)} |"
-    yield f"|---|{'---|' * len(whole)}"
-    reference = next(iter(results.values()))
-    for name, by_text in results.items():
-        cells = []
-        for text, smaller in by_text.items():
-            cell = f"{kept(whole[text], smaller):.1f}"
-            if by_text is not reference:
-                difference = kept(whole[text], smaller) - kept(whole[text], reference[text])
-                low, high = difference_interval(whole[text], smaller, reference[text])
-                cell += f" ({difference:+.1f} [{low:+.1f}, {high:+.1f}])"
-            cells.append(cell)
-        yield f"| {name} | {' | '.join(cells)} |"
+    cells = []
+    for text, losses_of_text in smaller.items():
+        cell = f"{kept(whole[text], losses_of_text):.1f}"
+        if smaller is not reference:
+            difference = kept(whole[text], losses_of_text) - kept(whole[text], reference[text])
+            low, high = difference_interval(whole[text], losses_of_text, reference[text])
+            cell += f" ({difference:+.1f} [{low:+.1f}, {high:+.1f}])"
+        cells.append(cell)
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -220,12 +222,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     texts = read_rows(options)
     whole = losses(options.model, texts)
-    results = {}
+    print(f"| | {' | '.join(whole)} |")
+    print(f"|---|{'---|' * len(whole)}", flush=True)
+    reference = None
     for variant in variants(options):
-        results[variant.name] = losses(make(variant, options), texts)
-        print(f"{variant.name} is evaluated", file=sys.stderr, flush=True)
-    for row in table(results, whole):
-        print(row)
+        smaller = losses(make(variant, options), texts)
+        reference = reference or smaller
+        print(row_of(variant.name, smaller, reference, whole), flush=True)
 
 
 if __name__ == "__main__":
