@@ -307,8 +307,18 @@ def rows_of_teacher(request: DistillRequest, settings: Settings, share: float) -
     Args:
         share: share of the mix.
     """
-    drawn = math.ceil(share * request.tokens / settings.sequence_length)
-    return request.held_out + min(drawn, MOST_ROWS)
+    return request.held_out + rows_drawn_of_teacher(share, request.tokens, settings.sequence_length)
+
+
+def rows_drawn_of_teacher(share: float, tokens: float, length: int) -> int:
+    """Return the number of rows of the teacher's text that training draws.
+
+    Args:
+        share: share of the mix.
+        tokens: tokens to train on.
+        length: tokens of a row.
+    """
+    return min(math.ceil(share * tokens / length), MOST_ROWS)
 
 
 def _trained_rows(texts: Sequence[DistillText]) -> Iterator[tuple[str, Sequence[Shard]]]:

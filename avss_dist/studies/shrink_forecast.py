@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from avss_dist.core.intervention import NO_INTERVENTION
+from avss_dist.corpus.seen import SELF
+from avss_dist.distillation.texts import rows_drawn_of_teacher
 from avss_dist.evaluation.continuations import held_out_prompts, plan_continuations
 from avss_dist.evaluation.forecast import (
     BACKWARD,
@@ -25,7 +27,7 @@ from avss_dist.evaluation.placed import PlacedModel
 from avss_dist.evaluation.planned_tasks import plan_text
 from avss_dist.evaluation.session import EvaluationSession
 from avss_dist.models.checkpoint.size import footprint
-from avss_dist.pruning.repair.registry import NO_REPAIR, names_own_text
+from avss_dist.pruning.repair.registry import NO_REPAIR, names_own_text, split_weight
 from avss_dist.requests import ShrinkRequest
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.planner import Planner
@@ -118,15 +120,30 @@ def _scoring(
 def _writing(
     request: ShrinkRequest, session: EvaluationSession, model: PlacedModel, split: TextSplit
 ) -> list[ForecastStep]:
-    """Return the step in which the model writes text for the repair, or none if it writes no text for it."""
-    rows = rows_to_write(read_repair_texts(model.checkpoint, request, split), request, split)
+    """Return the step in which the model writes text for the repair and the distillation, or none if it writes none."""
+    rows = _rows_to_distil(request, split)
+    rows_to_fit = rows_to_write(read_repair_texts(model.checkpoint, request, split), request, split)
+    if rows_to_fit:
+        rows = max(rows, split.watched + rows_to_fit)
     if not rows:
         return []
     cells: list[Cell] = []
-    for batch in OwnTextWriter(session, model).batches(split.watched + rows):
+    for batch in OwnTextWriter(session, model).batches(rows):
         cells += batch.cells()
     speed = writing_speed(session, model)
     return [forecast_step(session, "text that the model writes itself", cells, model, speed)]
+
+
+def _rows_to_distil(request: ShrinkRequest, split: TextSplit) -> int:
+    """Return the number of rows of its own text that a distillation watches and draws; 0 without a distillation."""
+    if request.distill_tokens is None:
+        return 0
+    weights = {SELF: 1.0}
+    for weighted in request.weighted_repair_texts:
+        corpus, weight = split_weight(weighted)
+        weights[corpus] = weight
+    share = weights[SELF] / sum(weights.values())
+    return split.watched + rows_drawn_of_teacher(share, request.distill_tokens, request.sequence_length)
 
 
 def _num_dropped(request: ShrinkRequest, num_layers: int) -> int:

@@ -281,6 +281,13 @@ def test_a_dry_run_has_a_step_for_the_text(deep: Path, tmp_path: Path) -> None:
     assert (step.evaluations, step.stored, step.tokens) == (5, 0, 5 * 8 * 16)
 
 
+def test_a_dry_run_with_a_distillation_has_all_rows_that_the_model_writes(deep: Path, tmp_path: Path) -> None:
+    """A row is watched. Half of what is trained on are other rows: 20 of 16 tokens."""
+    forecast = forecast_shrinking(shrink_request(deep, tmp_path, repair="channel", distill_tokens=20 * 2 * 16))
+    (step,) = [step for step in forecast.steps if step.step == "text that the model writes itself"]
+    assert step.tokens >= (20 + 1) * 16
+
+
 def test_without_other_text_as_many_rows_are_read_as_are_allowed() -> None:
     assert rows_of_own_text([], 7) == 7
 
