@@ -237,6 +237,7 @@ def test_the_map_has_the_size_and_the_p_value_of_a_change(changes: SeriesChanges
     assert row["p"] == changes.p[1, 1]
 
 
+@pytest.mark.nightly
 def test_the_map_is_drawn_with_its_marks(curve: Curve) -> None:
     chart = map_of(curve)
     rows = list(chart.rows)

@@ -163,6 +163,7 @@ def test_a_stored_id_of_an_experiment_is_kept(root: Path) -> None:
     assert set(ids) == {OLD, NEW, "4" * 20}
 
 
+@pytest.mark.nightly
 def test_the_page_says_which_experiment_it_shows(root: Path) -> None:
     assert f"Experiment {NEW} of 2026-01-03 03:04 UTC, the newest of 2 with this run." in report_page(Warehouse(root))
 

@@ -146,6 +146,7 @@ def test_one_seed_is_no_group(tmp_path: Path) -> None:
     assert compared(tmp_path).seeds == []
 
 
+@pytest.mark.nightly
 def test_a_seed_that_lacks_points_is_compared_at_the_others(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         steps = (100, 200) if seed == 3 else (100, 150, 200)
@@ -155,6 +156,7 @@ def test_a_seed_that_lacks_points_is_compared_at_the_others(tmp_path: Path) -> N
     assert seeds.notes == ("Seed 3 lacks 150.", "Seeds are compared at the 2 points that all of them have.")
 
 
+@pytest.mark.nightly
 def test_seeds_without_a_point_in_common_are_a_note(tmp_path: Path) -> None:
     for seed in (1, 2):
         write_seed(tmp_path, seed, dict.fromkeys((100 + seed, 200 + seed), SCALES), num_shards=8)

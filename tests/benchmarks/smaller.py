@@ -77,9 +77,11 @@ def variants(options: argparse.Namespace) -> list[Variant]:
     for corpora in ((options.fit,), (options.fit, OWN_TEXT)):
         for repair in options.repairs:
             repaired.append(Variant(repair, corpora))
-    if not options.distill_tokens:
-        return repaired
-    return [*repaired, *[Variant(variant.repair, variant.corpora, distilled=True) for variant in repaired]]
+    distilled = []
+    for variant in repaired:
+        if options.distill_tokens and (not options.distill or variant.name in options.distill):
+            distilled.append(Variant(variant.repair, variant.corpora, distilled=True))
+    return [*repaired, *distilled]
 
 
 def make(variant: Variant, options: argparse.Namespace) -> Path:
@@ -219,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=64, help="of each text to evaluate on")
     parser.add_argument("--fit-rows", type=int, default=96, help="of each text that a repair is fitted on")
     parser.add_argument("--distill-tokens", type=int, default=0, help="0 for no distillation")
+    parser.add_argument("--distill", nargs="+", help="names of rows of the table to distil, such as borrow-own; or all")
     options = parser.parse_args(arguments)
     texts = read_rows(options)
     whole = losses(options.model, texts)

@@ -56,6 +56,7 @@ READING = [
 MEASURING = ["score org/name --corpus text.txt", "ablate org/name --corpus text.txt", "evaluate org/name --tasks t"]
 
 
+@pytest.mark.nightly
 def test_reading_needs_none_of_the_packages_that_measure(tmp_path: Path) -> None:
     """Commands that measure have their help, and say what to type."""
     for name in ("a", "b"):

@@ -72,6 +72,7 @@ def test_after_a_score(desk: Path) -> None:
     assert "neuron" in follow(of_maps, "show")
 
 
+@pytest.mark.nightly
 def test_after_scores_of_two_models(desk: Path) -> None:
     """The runs are compared, and the comparison's own suggestion runs, too."""
     llama(seed=1).save_pretrained(desk / "second")

@@ -231,6 +231,7 @@ def test_a_training_that_gains_nothing_writes_nothing(distill: Distill, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.nightly
 def test_a_full_disk_keeps_what_is_complete_and_the_same_request_resumes(
     distill: Distill, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -281,6 +281,7 @@ def test_a_gpu_holds_weights_and_the_host_the_process(tiny_llama: Path) -> None:
     assert "of GPU memory" in tight["single"].why
 
 
+@pytest.mark.nightly
 def test_a_gang_has_as_many_ranks_as_it_takes(tiny_llama: Path) -> None:
     """Of 16 GB, four GPUs of 5 GB hold parts; a number that was asked for stays."""
     devices = devices_of("cuda", 5 * GB, count=8, host_bytes=99 * GB)
@@ -357,6 +358,7 @@ def test_each_way_has_a_row(student: Path, tiny_llama: Path) -> None:
     assert "exchange" not in eight[""].why
 
 
+@pytest.mark.nightly
 def test_an_adapter_is_not_left_in_a_shared_skeleton(student: Path, tiny_llama: Path) -> None:
     devices = devices_of("cpu", 2**40)
     apart = rows_of(student, tiny_llama, devices)
@@ -364,6 +366,7 @@ def test_an_adapter_is_not_left_in_a_shared_skeleton(student: Path, tiny_llama: 
         assert [rows_of(student, tiny_llama, devices) for _ in range(2)] == [apart] * 2
 
 
+@pytest.mark.nightly
 def test_a_gpu_has_no_libraries_and_each_rank_needs_one(student: Path, tiny_llama: Path) -> None:
     on_cpu = rows_of(student, tiny_llama, devices_of("cpu", 2**40), ranks=4, dtype="float32")
     on_gpus = rows_of(student, tiny_llama, devices_of("cuda", 2**40, count=2), ranks=4, dtype="float32")

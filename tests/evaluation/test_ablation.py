@@ -186,6 +186,7 @@ def test_a_layer_may_change_its_input_but_not_hand_more_than_hidden_states_on(
     assert model.resumes == resumes
 
 
+@pytest.mark.nightly
 def test_of_many_layers_some_of_each_kind_are_tried(tmp_path: Path, save_checkpoint: Save) -> None:
     few = opened(save_checkpoint(llama(num_hidden_layers=8), tmp_path / "few"))
     assert representatives(few.layers) == list(few.layers)
@@ -322,6 +323,7 @@ def shown(ablation: Ablation) -> str:
     return in_one_line(printed.getvalue())
 
 
+@pytest.mark.nightly
 def test_truncated_permutations_are_counted(trained: Path, tmp_path: Path) -> None:
     warehouse = tmp_path / "w"
     text = {"corpus": TEXT, "warehouse": warehouse, "leave_one_out": False, **SMALL}

@@ -137,6 +137,7 @@ def test_partitions_refuse_what_they_would_not_honour(
     assert files(tmp_path) == {}
 
 
+@pytest.mark.nightly
 def test_streaming_evaluates_what_has_no_room(tiny_llama: Path, tmp_path: Path) -> None:
     """The same rows as of a whole model; `auto` chooses it where memory is limited."""
     limit = host_limit(tiny_llama, 200_000, **SMALL)

@@ -122,6 +122,7 @@ def test_leave_one_out_drops_the_layers_without_which_the_loss_is_least(done: Do
     assert {(layer,) for layer in row["drop"]} == set(lowest)
 
 
+@pytest.mark.nightly
 def test_a_search_finds_what_a_plan_finds(done: Done) -> None:
     """And measures nothing for it: their losses are the same."""
     job, rows = done

@@ -81,6 +81,7 @@ def test_texts_differ_from_each_other(texts: Sequence[str]) -> None:
     assert len(set(texts)) == len(texts)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_the_number_of_texts_at_once_changes_no_text_in_float32(
     rows: int, texts: Sequence[str], deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -138,6 +139,7 @@ def test_more_texts_begin_with_those_that_are_there(texts: Sequence[str], deep: 
     assert written(deep, tmp_path, 16) == texts
 
 
+@pytest.mark.nightly
 def test_a_changed_model_writes_another_text(
     texts: Sequence[str], save_checkpoint: Save, deep: Path, tmp_path: Path
 ) -> None:
@@ -228,6 +230,7 @@ def test_no_text_is_written_for_other_texts_alone(deep: Path, tmp_path: Path) ->
     assert rows_to_write([], request, TextSplit(scored=1, evaluated=1, rows=10)) == 0
 
 
+@pytest.mark.nightly
 def test_a_streamed_model_is_fitted_on_the_given_text_alone_and_that_is_said(deep: Path, tmp_path: Path) -> None:
     notes: list[str] = []
 

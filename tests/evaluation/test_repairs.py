@@ -339,6 +339,7 @@ def test_a_repaired_checkpoint_is_not_asked_what_it_was_fitted_on(deep: Path, tm
     assert avss(*asked, "--skip-questions", 8).exit_code == 0
 
 
+@pytest.mark.nightly
 def test_nothing_is_fitted_twice_and_what_is_lost_is_fitted_again(done: Done) -> None:
     job, rows = done
     warehouse = Path(read_job(job).warehouse)

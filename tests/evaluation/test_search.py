@@ -169,6 +169,7 @@ def test_a_search_shows_its_steps_and_its_plan_prunes(scored: Scored, model: Pat
     assert len(opened(pruned).layers) == LAYERS - 2
 
 
+@pytest.mark.nightly
 def test_sublayers_are_measured_evaluated_and_not_pruned(scored: Scored, model: Path, tmp_path: Path) -> None:
     """A checkpoint cannot be without them, an evaluation can."""
     warehouse = scored[0]

@@ -191,6 +191,7 @@ def test_markup_in_a_text_is_shown_as_text() -> None:
     assert "[/red] b" in shown
 
 
+@pytest.mark.nightly
 def test_a_model_that_generates_no_text_is_shrunk_all_the_same(
     done: Shrunk, warehouse: Path, deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,6 +376,7 @@ def test_where_no_layer_can_go_nothing_is_written(warehouse: Path, deep: Path, t
     assert not unwritten.exists()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("by", "repaired"), [("avss", False), *nightly(("damage", True), ("loss", True), ("last", True))]
 )
@@ -740,6 +742,7 @@ def test_without_a_repair_the_pruned_model_is_distilled(warehouse: Path, deep: P
     assert names_in(unfinished) == ["mine"]
 
 
+@pytest.mark.nightly
 def test_without_the_option_nothing_is_distilled(warehouse: Path, deep: Path, tmp_path: Path) -> None:
     options = ("--repair", "none", "-w", warehouse, "--format", "json")
     output = tmp_path / "out"

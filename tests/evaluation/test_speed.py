@@ -101,6 +101,7 @@ def test_fewer_layers_have_a_smaller_cache_in_proportion(tiny_llama: Path) -> No
     assert by_name(result)[speed.CACHE].ratio.median == pytest.approx(1 / LAYERS)
 
 
+@pytest.mark.nightly
 def test_a_plan_and_its_checkpoint_take_the_same_memory(tiny_llama: Path, pruned: Path) -> None:
     in_memory, written = measured(
         tiny_llama, without(tiny_llama, 1), SpeedSubject(label="written", model=placed(pruned))
@@ -250,6 +251,7 @@ def test_speed_changes_no_id_and_is_not_stored(pruned: Path, tmp_path: Path) -> 
     assert files(tmp_path / "w").keys() == before
 
 
+@pytest.mark.nightly
 def test_streamed_models_are_evaluated_without_their_speed(pruned: Path, tmp_path: Path) -> None:
     done = evaluate([str(pruned)], tasks=[TASK], warehouse=tmp_path / "w", speed=True, partition="streaming", **READ)
     assert done.speed == ()

@@ -129,6 +129,7 @@ def test_predictions_without_a_layer_by_layer(layers_of_six: LanguageModel) -> N
     assert by_layer == samples(damage(by_layer=False)(layers_of_six, without))
 
 
+@pytest.mark.nightly
 def test_a_model_that_computes_between_its_layers_is_not_run_by_layer(layers_of_six: LanguageModel) -> None:
     """Its layers' outputs have other gradients than the inputs of the layers behind them."""
     layers_of_six.layers[2].module.register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
@@ -136,6 +137,7 @@ def test_a_model_that_computes_between_its_layers_is_not_run_by_layer(layers_of_
     assert samples(damage(by_layer=True)(layers_of_six)) == expected
 
 
+@pytest.mark.nightly
 def test_a_model_whose_layers_hand_on_more_is_not_run_by_layer(layers_of_six: LanguageModel) -> None:
     """The fifth layer adds what the second one computed."""
     seen: list[torch.Tensor] = []

@@ -569,6 +569,7 @@ def test_streaming_writes_the_same_bytes(family: str, tmp_path: Path, save_check
     assert cut.experts == (2,)
 
 
+@pytest.mark.nightly
 def test_removed_layers_of_a_mixture_are_given_back(tmp_path: Path, save_checkpoint: Save) -> None:
     """By all experts of the layer before them; of every layer behind the first that loses any, on request."""
     whole, folder = saved("qwen3_moe", tmp_path / "whole", save_checkpoint)

@@ -236,6 +236,7 @@ def test_two_rules_for_one_list_go_together(tmp_path: Path) -> None:
     assert written["mlp_layer_types"] == ["dense", "dense", "dense", "sparse", "dense", "sparse", "dense"]
 
 
+@pytest.mark.nightly
 def test_every_setting_with_the_name_of_a_rule_is_known() -> None:
     """A new version of transformers may bring another one, of which somebody must say what it gives."""
     named = re.compile(r"pattern|interval|period|offset|freq|every|step|stride")

@@ -543,6 +543,7 @@ def test_a_repaired_checkpoint_is_not_evaluated_on_its_text(tiny_llama: Path, tm
         evaluate([less], tasks=["perplexity:builtin:pydoc"], **options)
 
 
+@pytest.mark.nightly
 def test_a_second_repair_keeps_the_record_of_the_first(tmp_path: Path, save_checkpoint: Save) -> None:
     folder = save_checkpoint(lively(llama(num_hidden_layers=4)), tmp_path / "whole")
     for number, name in ((4, "once"), (3, "twice")):

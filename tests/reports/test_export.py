@@ -177,6 +177,7 @@ def test_every_table_is_published_whole(tmp_path: Path) -> None:
     assert {file.stem: pq.read_metadata(file).num_rows for file in files} == expected
 
 
+@pytest.mark.nightly
 def test_an_evaluation_that_is_damaged_in_one_table_is_published_in_none(tmp_path: Path) -> None:
     write_every_table(tmp_path / "w")
     (file,) = (tmp_path / "w" / "precision" / "run_id=e").iterdir()

@@ -362,6 +362,7 @@ def test_it_begins_with_what_can_go_and_what_is_kept(in_short: str) -> None:
     assert in_short.count("Nothing was left out and evaluated yet") == 2
 
 
+@pytest.mark.nightly
 def test_scores_of_people_are_drawn_as_their_own(store: Warehouse, tmp_path: Path) -> None:
     file = tmp_path / "mine.csv"
     file.write_text("layer,guess\n0,0\n1,1\n2,2\n3,0\n4,1\n5,2\n")
@@ -696,6 +697,7 @@ def test_a_map_of_a_training_has_its_changes_and_hostile_names_as_data(tmp_path:
     assert not page.attributes("img")
 
 
+@pytest.mark.nightly
 def test_seeds_of_a_training_have_a_map_each_beside_that_of_their_mean(tmp_path: Path) -> None:
     for seed in (1, 2):
         for step in (1, 2, 4):

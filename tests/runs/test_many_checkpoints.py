@@ -86,6 +86,7 @@ def test_tables_of_one_module_are_those_of_fresh_workers(
     assert_same_tables(tmp_path / "together", tmp_path / "alone")
 
 
+@pytest.mark.nightly
 def test_a_checkpoint_of_another_shape_in_between_is_loaded_anew(
     training: list[Path], tiny_bert: Path, tmp_path: Path, loaded: list[str]
 ) -> None:
@@ -96,6 +97,7 @@ def test_a_checkpoint_of_another_shape_in_between_is_loaded_anew(
     assert_same_tables(tmp_path / "together", tmp_path / "alone")
 
 
+@pytest.mark.nightly
 def test_the_run_after_one_that_cannot_be_read_has_a_new_module(
     training: list[Path], tmp_path: Path, loaded: list[str]
 ) -> None:

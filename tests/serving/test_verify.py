@@ -372,6 +372,7 @@ def test_a_runtimes_own_difference_is_told_apart(
     assert beside.outcome != "different"
 
 
+@pytest.mark.nightly
 def test_a_streamed_model_is_compared_with_the_same_numbers(checkpoint: Path, model: Any, tokenizer: Any) -> None:
     whole = _verify(checkpoint, InferenceServer("vllm", model, tokenizer), partition="single")
     streamed = _verify(checkpoint, InferenceServer("vllm", model, tokenizer), partition="streaming")

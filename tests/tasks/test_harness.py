@@ -195,6 +195,7 @@ def test_layers_left_out_are_those_that_a_pruned_checkpoint_lacks(
         assert row.samples == pytest.approx(cut[metric].samples, abs=1e-6)
 
 
+@pytest.mark.nightly
 def test_generation_without_layers_is_that_of_a_pruned_checkpoint_with_its_cache(
     whole: LanguageModel, pruned: LanguageModel, tmp_path: Path
 ) -> None:

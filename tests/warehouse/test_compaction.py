@@ -266,6 +266,7 @@ def test_compaction_that_is_killed_at_any_write_harms_nothing(
     assert last > 6
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("first", EVERY_THIRD)
 def test_two_compactions_at_once_and_readers_during_both(
     first: int, changed: Path, monkeypatch: pytest.MonkeyPatch

@@ -132,6 +132,7 @@ def test_commands_compare_its_runs(root: Path) -> None:
     assert {pair["a_run_id"], pair["b_run_id"]} == {paired, plain}
 
 
+@pytest.mark.nightly
 def test_a_report_on_it_shows_the_repair_that_no_longer_exists(root: Path, tmp_path: Path) -> None:
     assert "rotated" not in REPAIRS
     succeed("report", "-w", root, "-o", tmp_path / "report.html")

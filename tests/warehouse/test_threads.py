@@ -90,6 +90,7 @@ def scans_of_memory(tree: ast.AST) -> Iterator[str]:
             yield ast.unparse(node)
 
 
+@pytest.mark.nightly
 def test_only_files_are_scanned() -> None:
     scans = {
         (file.name, scan)
