@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import sys
@@ -12,6 +13,8 @@ import pytest
 from support.checkpoints import llama, one_thread
 from support.commands import Command
 from support.warm_workers import ray_start_environment
+
+import avss_dist
 
 TESTS = Path(__file__).parent
 SCRIPTS = sorted(path for folder in ("benchmarks", "gpu") for path in (TESTS / folder).glob("*.py"))
@@ -124,3 +127,30 @@ def test_trainings_of_several_seeds_are_saved_at_powers_of_two(run: Run, tmp_pat
     run("benchmarks/training.py", tmp_path, *sizes.split())
     saved = sorted(str(path.parent.relative_to(tmp_path)) for path in tmp_path.glob("*/*/model.safetensors"))
     assert saved == [f"run-seed{seed}/checkpoint-{step}" for seed in (1, 2) for step in (1, 2, 4, 8)]
+
+
+@pytest.mark.nightly
+def test_when_rankings_settle_is_told_of_trainings_with_the_loss_without_each_layer(run: Run, tmp_path: Path) -> None:
+    sizes = "--seeds 1 2 --steps 4 --layers 4 --width 32 --vocabulary 300 --rows 2 --length 32"
+    run("benchmarks/training.py", tmp_path, *sizes.split())
+    job = {
+        "warehouse": str(tmp_path / "w"),
+        "models": [f"{tmp_path}/run-seed*/checkpoint-*"],
+        "corpora": [f"{tmp_path}/heldout.txt"],
+        "settings": {"dtype": "float32", "sequence_length": 32, "max_sequences": 4, "sites": ["block", "update"]},
+        "experiment": {
+            "tasks": [f"perplexity:{tmp_path}/test.txt"],
+            "max_sequences": 4,
+            "random": 0,
+            "reversed": False,
+            "keep_ends": 0,
+            "last": False,
+        },
+    }
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    avss_dist.run(tmp_path / "job.yaml", executor="local")
+    printed = run("benchmarks/settling.py", tmp_path / "w")
+    settled, agreement, with_loss = printed.strip().split("\n\n")
+    assert settled.count("loss without the layer") == agreement.count("loss without the layer") == 1
+    assert "| score | seeds: step 1 | 2 | 4 |" in agreement
+    assert len(with_loss.splitlines()) == 2 + 6
