@@ -518,7 +518,7 @@ def shrink(
     share: float | None = None,
     keep: float | None = None,
     by: Literal['loss', 'shapley', 'taylor', 'damage', 'predicted', 'propagated', 'avss', 'block_influence', 'angular_distance', 'relative_magnitude', 'update_variance_ratio', 'last', 'random', 'greedy'] = 'damage',
-    repair: Literal['none', 'channel', 'map', 'refit', 'borrow', 'refit_all'] = 'refit',
+    repair: Literal['none', 'channel', 'map', 'refit', 'borrow', 'refit_all'] = 'borrow',
     repair_corpora: Sequence[str | Path] = ...,
     tasks: Sequence[str | Path] = ...,
     first: int = 0,

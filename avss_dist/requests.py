@@ -475,7 +475,7 @@ class PruneRequest(ModelRequest, EvaluationOptions):
     output: Output = field(kw_only=False)
     """Folder of the new checkpoint; it must not exist, or be empty."""
     repair: OptionalRepairName | None = None
-    """Repair to fit at each cut to make up for the removed layers or experts; refit by default if there is text."""
+    """Repair to fit at each cut to make up for the removed layers or experts; borrow by default if there is text."""
     repair_corpora: Texts = ()
     """Text to fit the repair on: CORPUS or CORPUS=WEIGHT; self is text that the model writes."""
     warehouse: Annotated[PathOrText | None, WAREHOUSE] = None

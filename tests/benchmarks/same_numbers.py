@@ -575,7 +575,7 @@ def shrink(goldens: Goldens, folder: Path) -> None:
     model = goldens.model("llama-wide")
     rows = {**ROWS, "max_sequences": 96, "speed": False, "repair_corpora": [TEXT]}
     choices: dict[str, dict[str, Any]] = {
-        "damage": {"share": 0.25},
+        "damage": {"share": 0.25, "repair": "refit"},
         "greedy": {"share": 0.5, "by": "greedy", "repair": "none"},
         "quality": {"keep": 0.5, "repair": "map"},
     }

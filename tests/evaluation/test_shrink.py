@@ -70,14 +70,15 @@ TEXT = "builtin:pydoc"
 TASK = f"perplexity:{TEXT}"
 ROWS = {"max_sequences": 80, "sequence_length": 32, "batch_size": 4, "sequences_per_shard": 4}
 READ: dict[str, Any] = {**ROWS, "dtype": "float32", "device": "cpu"}
-OPTIONS = [*as_words(READ), "--no-speed", "--repair-corpora", TEXT]
-"""The repair is fitted on the text alone: what the model writes itself is tried elsewhere."""
+OPTIONS = [*as_words(READ), "--no-speed", "--repair", "refit", "--repair-corpora", TEXT]
+"""The repair is fitted on the text alone: what the model writes itself is tried elsewhere. It is `refit`, as the layers
+of these models have learned nothing that others could borrow."""
 TOKENS = 12 * 4 * 32
 
 
 def shrunk(model: Path, out: Path, **options: Any) -> Shrunk:
     corpus = options.get("corpus", TEXT)
-    given = {"corpus": corpus, "repair_corpora": (corpus,), "speed": False}
+    given = {"corpus": corpus, "repair": "refit", "repair_corpora": (corpus,), "speed": False}
     return avss_dist.shrink(model, output=out, **{**given, **READ, **options})
 
 
@@ -95,7 +96,7 @@ def short_texts() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def done(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> Shrunk:
-    """A quarter of the layers less, by what are the defaults."""
+    """A quarter of the layers less, by the default criterion."""
     return shrunk(deep, tmp_path_factory.mktemp("shrunk") / "out")
 
 
@@ -163,6 +164,14 @@ MODELS = ("whole model", "2 layers dropped", "2 layers dropped, repaired by refi
 def texts_of(shrunken: Shrunk) -> list[tuple[str, str]]:
     """Return the model and the prompt of every continuation, in order."""
     return [(row["model"], row["prompt"]) for row in shrunken.continuations]
+
+
+@pytest.mark.nightly
+def test_neurons_are_borrowed_unless_another_repair_is_named(deep: Path, tmp_path: Path) -> None:
+    done = avss_dist.shrink(deep, corpus=TEXT, output=tmp_path / "out", repair_corpora=[TEXT], speed=False, **READ)
+    assert done.record is not None
+    assert done.record.repair == "borrow"
+    assert all(cut.error_after <= cut.error_before for cut in done.record.cuts)
 
 
 def test_models_continue_held_out_text_as_plain_transformers_does(done: Shrunk, deep: Path) -> None:
