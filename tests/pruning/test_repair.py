@@ -570,11 +570,11 @@ def test_the_command(tiny_llama: Path, tmp_path: Path) -> None:
     plan_of(tiny_llama, 3, 1).write(plan)
     read = ["--max-sequences", 40, "--sequence-length", 48]
     done = succeed("prune", tiny_llama, plan, "-o", less, "--repair-corpora", TEXT, *read)
-    assert "Repaired by refit, fitted on builtin:pydoc (1,692 tokens of the first 40 rows)" in done.stdout
+    assert "Repaired by borrow, fitted on builtin:pydoc (1,692 tokens of the first 40 rows)" in done.stdout
     assert "Repaired without 1, after 0: error" in done.stdout
     assert "and the repaired weights (largest" in done.stdout
     (record,) = read_repairs(less)
-    assert record.repair == "refit"
+    assert record.repair == "borrow"
 
 
 @pytest.mark.parametrize(
