@@ -355,39 +355,37 @@ def stats_from_pattern_counts(counts: NDArray[np.integer], values: Float64, thre
             the others are their negatives.
         thresholds: float64[k], the absolute near-zero thresholds.
     """
+    positive, negative = counts.reshape(2, -1)
+    num_finite = int(np.searchsorted(values[: len(positive)], np.inf))
+    # Both signs of a value are added up at one place, so that the values ascend without being sorted.
+    by_size = positive[:num_finite] + negative[:num_finite]
     # numpy finds the positions in an array of booleans much faster than in one of numbers.
-    present = np.flatnonzero(counts != 0)
-    negative = present >= len(counts) // 2
-    numbers = counts[present].astype(np.int64)
-    values = values[present]
-    finite = np.isfinite(values)
-    nonfinite_count = int(numbers[~finite].sum())
-    numbers = numbers[finite]
-    values = values[finite]
-    negative = negative[finite]
-    sizes = np.abs(values).astype(np.float32)
-    of_positive = sizes[~negative], numbers[~negative]
-    of_negative = sizes[negative], numbers[negative]
-    abs_value, abs_value_count = merge_values(of_positive, of_negative)
+    present = np.flatnonzero(by_size != 0)
+    sizes = values[present]
+    abs_value = sizes.astype(np.float32)
+    abs_value_count = by_size[present].astype(np.int64)
     below = np.append(0, np.cumsum(abs_value_count))
     count = int(below[-1])
+    histogram = np.bincount(histogram_bin(abs_value), abs_value_count, HISTOGRAM_BINS)
     result: dict[str, object] = {
-        "nonfinite_count": nonfinite_count,
+        "nonfinite_count": int(positive[num_finite:].sum() + negative[num_finite:].sum()),
         "abs_value": abs_value,
         "abs_value_count": abs_value_count,
         "count": count,
+        "near_zero": below[np.searchsorted(sizes, thresholds)],
+        "zero_count": int(by_size[0]),
+        "histogram": histogram.astype(np.int64),
     }
-    number_below = np.searchsorted(abs_value.astype(np.float64), thresholds)
-    result["near_zero"] = below[number_below]
-    result["zero_count"] = int(abs_value_count[abs_value == 0].sum())
-    histogram = np.bincount(histogram_bin(abs_value), abs_value_count, HISTOGRAM_BINS)
-    result["histogram"] = histogram.astype(np.int64)
     if count:
-        mean = float((numbers * values).sum() / count)
+        by_sign = np.concatenate([positive[present], negative[present]])
+        occurs = by_sign != 0
+        numbers = by_sign[occurs].astype(np.int64)
+        signed = np.concatenate([sizes, -sizes])[occurs]
+        mean = float((numbers * signed).sum() / count)
         result["mean"] = mean
-        result["m2"] = float((numbers * (values - mean) ** 2).sum())
-        result["min"] = float(np.min(values))
-        result["max"] = float(np.max(values))
+        result["m2"] = float((numbers * (signed - mean) ** 2).sum())
+        result["min"] = float(np.min(signed))
+        result["max"] = float(np.max(signed))
         result["max_abs"] = float(abs_value[-1])
     return result
 

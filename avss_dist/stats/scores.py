@@ -20,6 +20,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from avss_dist.core.values import NewRow
 from avss_dist.stats.catalog import RECIPES
@@ -30,7 +31,7 @@ from avss_dist.stats.intervals import (
     jackknife_interval,
     left_out_weights,
 )
-from avss_dist.stats.layer_stats import Float64, LayerKey, LayerStats, histogram_below
+from avss_dist.stats.layer_stats import HISTOGRAM_BINS, Float64, LayerKey, LayerStats, histogram_below
 from avss_dist.stats.rankings import count_lowest, rank_lowest
 
 RELATIVE_THRESHOLDS = (0.01, 0.1)  # multiples of the RMS of the layer and site; scored from stored counts
@@ -334,21 +335,22 @@ class SiteTable:
         return self._below[threshold]
 
     def _count_near_zero(self, threshold: Threshold) -> tuple[Float64, Float64]:
-        values = [threshold.at(stats) for stats in self.merged]
-        bin_shares = []
-        near_zero = []
-        for stats, value in zip(self.merged, values, strict=True):
-            bin_shares.append(stats.share_below(value))
-            below, _, _ = stats.below(value)
-            near_zero.append(below)
+        near_zero = np.zeros(len(self.merged))
+        by_shard = np.zeros((len(self.shards), len(self.merged)))
+        for layer, stats in enumerate(self.merged):
+            value = threshold.at(stats)
+            near_zero[layer], _, _ = stats.below(value)
+            by_shard[:, layer] = self._shards_below(layer, value)
+        return near_zero, self.weights @ by_shard
 
-        def count_below(layer: int, stats: LayerStats) -> float:
-            counted = np.flatnonzero(stats.thresholds == values[layer])
-            if counted.size:
-                return float(stats.near_zero[counted[0]])
-            return float(histogram_below(stats.histogram, values[layer], bin_shares[layer]))
-
-        return np.array(near_zero), self.weighted(count_below)
+    def _shards_below(self, layer: int, value: float) -> Sequence[float] | Float64:
+        """Return the number of elements of a layer below an absolute threshold in each shard."""
+        stats = self.merged[layer]
+        counted = np.flatnonzero(stats.thresholds == value)
+        if counted.size:  # All shards count the thresholds of the merged statistics.
+            return [shard[layer].near_zero[counted[0]] for shard in self.shards]
+        histograms = np.reshape([shard[layer].histogram for shard in self.shards], (-1, HISTOGRAM_BINS))
+        return histogram_below(histograms, value, stats.share_below(value))
 
     def _unit_parts(self, threshold: Threshold) -> WeightedParts:
         """Return the parts of recipe ``unit``, whose elements are the finite means of units."""
@@ -383,7 +385,8 @@ class SiteTable:
         Means are NaN if no token is finite throughout, so that an overflow is not taken for a mean of zero.
         """
         merged = self.merged[layer]
-        means = merged.unit_sum[None] / (merged.unit_count or np.nan)
+        means = np.empty((1 + len(self.weights), merged.unit_sum.size))
+        means[0] = merged.unit_sum / (merged.unit_count or np.nan)
         if len(self.weights):
             sums = np.zeros((len(self.shards), merged.unit_sum.size))
             tokens = np.zeros(len(self.shards))
@@ -392,14 +395,14 @@ class SiteTable:
                     sums[row] = shard[layer].unit_sum
                 tokens[row] = shard[layer].unit_count
             weighted_tokens = self.weights @ tokens
-            means = np.vstack([means, _ratio(self.weights @ sums, weighted_tokens[:, None])])
+            means[1:] = _ratio(self.weights @ sums, weighted_tokens[:, None])
         sizes = np.abs(means)
         near_zero = {}
         for threshold in self.thresholds:
-            near_zero[threshold] = np.count_nonzero(sizes < threshold.at(merged), axis=-1).astype(float)
+            near_zero[threshold] = _count_true(sizes < threshold.at(merged))
         return UnitReductions(
             variance=means.var(axis=-1),
-            finite=np.count_nonzero(np.isfinite(means), axis=-1).astype(float),
+            finite=_count_true(np.isfinite(means)),
             near_zero=near_zero,
         )
 
@@ -451,6 +454,11 @@ def default_thresholds(stats: LayerStats) -> list[Threshold]:
     counted = [Threshold(value=float(value), kind="absolute") for value in stats.thresholds]
     relative = [Threshold(value=value, kind="rms") for value in RELATIVE_THRESHOLDS]
     return counted + relative
+
+
+def _count_true(values: NDArray[np.bool_]) -> Float64:
+    """Return the number of true values along the last axis, fewer than 2^31. `np.count_nonzero` takes twice as long."""
+    return values.sum(axis=-1, dtype=np.int32).astype(np.float64)
 
 
 def _as_rank(rank: float) -> int | None:

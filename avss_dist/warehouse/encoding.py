@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from avss_dist.core.errors import WarehouseError, require_known
 from avss_dist.core.extras import package_hint
@@ -270,6 +272,12 @@ def encode_shard(run: RunIdentity, result: ShardResult) -> dict[str, pa.Buffer]:
     return files
 
 
+def _lists(arrays: Sequence[NDArray[Any]]) -> pa.ListArray:
+    """Return arrays of one dtype as a column of lists."""
+    ends = np.cumsum([len(array) for array in arrays])
+    return pa.ListArray.from_arrays(np.append(0, ends).astype(np.int32), np.concatenate(arrays))
+
+
 def to_columns(
     layers: Sequence[str], stats: Mapping[LayerKey, LayerStats] | Mapping[StratumKey, LayerStats]
 ) -> Columns:
@@ -294,8 +302,14 @@ def to_columns(
         for name in _STATE:
             row[name] = getattr(state, name)
         rows.append(row)
-    columns = ("layer", "layer_name", "depth", "site", "stratum", "histogram_bin", "histogram_count", *_STATE)
-    return {name: [row[name] for row in rows] for name in columns}
+    columns: dict[str, Any] = {}
+    for name in ("layer", "layer_name", "depth", "site", "stratum", "histogram_bin", "histogram_count", *_STATE):
+        values = [row[name] for row in rows]
+        if values and isinstance(values[0], np.ndarray):
+            columns[name] = _lists(values)
+        else:
+            columns[name] = values
+    return columns
 
 
 def to_strata(table: pa.Table) -> dict[StratumKey, LayerStats]:
@@ -328,10 +342,26 @@ def _cells_by_column(table: pa.Table) -> Mapping[str, list[Any]]:
         if len(column) and column.null_count == len(column):
             continue
         if pa.types.is_list(column.type):
-            cells[name] = [cell.values.to_numpy() for cell in column]
+            cells[name] = _arrays_of(column)
         else:
             cells[name] = column.to_pylist()
     return cells
+
+
+def _arrays_of(column: pa.ChunkedArray) -> list[NDArray[Any]]:
+    """Return the arrays of a column of lists.
+
+    Raises:
+        TypeError: a list is null.
+    """
+    arrays: list[NDArray[Any]] = []
+    for chunk in column.chunks:
+        if chunk.null_count:
+            raise TypeError("a list is null")
+        values = chunk.values.to_numpy()
+        for start, end in pairwise(chunk.offsets.to_pylist()):
+            arrays.append(values[start:end])
+    return arrays
 
 
 def decode_shard(data: pa.Buffer, run_id: str, sites: Collection[str] | None = None) -> ShardResult | None:

@@ -329,10 +329,6 @@ def test_shards_in_threads_of_their_own_give_the_same_bytes(dtype: torch.dtype) 
         assert other == first
 
 
-def test_counts_of_a_batch_cannot_overflow() -> None:
-    assert CpuKernels()._counts.dtype == np.int64
-
-
 def test_counts_move_to_64_bits_before_they_overflow(
     kernels: Kernels, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ tensor arrives as float32, or as the uint16 patterns of bfloat16. Sums are float
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from numba import njit, types
 from numba.extending import overload
 
-from avss_dist.measure.kernels.reference import PATTERNS, Accumulator, Kernels, limits_on
+from avss_dist.measure.kernels.reference import Accumulator, Kernels, Tensors, limits_on
 from avss_dist.stats.layer_stats import CUT_SHIFT
 
 if TYPE_CHECKING:
@@ -52,49 +52,51 @@ _INF32 = np.uint32(0x7F800000)
 
 
 class CpuKernels(Kernels):
-    """CPU backend, see `kernels.reference.Kernels`. It reuses memory between calls and is not thread-safe."""
-
-    def __init__(self) -> None:
-        self._counts = np.zeros(PATTERNS, np.int64)
+    """CPU backend, see `kernels.reference.Kernels`."""
 
     def add(self, into: Accumulator, x: torch.Tensor, mask: torch.Tensor, before: torch.Tensor | None = None) -> None:
         """Add the statistics of a batch to an accumulator, as `kernels.reference.Kernels.add`."""
         into.reserve(x.numel())
-        totals = _ABSENT | {name: tensor.numpy() for name, tensor in into.tensors.items()}
-        by_sequence = _named(totals, _BY_SEQUENCE)
+        by_sequence = _named(into.tensors, _BY_SEQUENCE)
         elements: Arrays = ()
         if x.dtype == torch.float32:
-            elements = _named(totals, _ELEMENTS)
+            elements = _named(into.tensors, _ELEMENTS)
+        else:
+            counts = into.tensors["patterns"].numpy()
         compared: Arrays = ()
         if before is not None:
-            compared = _named(totals, _COMPARED)
+            compared = _named(into.tensors, _COMPARED)
         limits = limits_on(into.thresholds.tobytes(), x.device).numpy().view(np.uint32)
         masks = mask.contiguous().numpy()
         all_inputs = x if before is None else before
         for sequence, counted, inputs in zip(x, masks, all_inputs, strict=True):
             values = _as_loops_read(sequence)
             if x.dtype == torch.float32:
-                count_float32(values, counted, limits, self._counts, elements)
+                count_float32(values, counted, limits, elements)
+            elif x.dtype == torch.bfloat16:
+                count_patterns(values, counted, counts)
             else:
-                count_patterns(_patterns(sequence), counted, self._counts)
+                count_patterns(_patterns(sequence), counted, counts)
             sum_sequence(values, counted, by_sequence)
             if before is not None:
                 compare_sequence(_as_loops_read(inputs), values, counted, compared)
-        if x.dtype == torch.float32:
-            merge_patterns(self._counts, totals["cuts"])
-        else:
-            merge_patterns(self._counts, totals["patterns"])
 
 
-_ELEMENTS = ("near_zero", "elements", "moments", "extremes")
+_ELEMENTS = ("cuts", "near_zero", "elements", "moments", "extremes")
 _BY_SEQUENCE = ("sequences", "pooled", "unit_count", "unit_sums")
 _COMPARED = ("tokens", "geometry", "input_moments")
 _ABSENT = {"unit_count": np.zeros(1, np.int64), "unit_sums": np.zeros((2, 0))}
 
 
-def _named(totals: Mapping[str, np.ndarray], names: Sequence[str]) -> Arrays:
-    """Return some arrays of an accumulator as compiled loops take them."""
-    return tuple(totals[name] for name in names)
+def _named(tensors: Tensors, names: Sequence[str]) -> Arrays:
+    """Return some tensors of an accumulator as compiled loops take them."""
+    arrays = []
+    for name in names:
+        if name in tensors:
+            arrays.append(tensors[name].numpy())
+        else:
+            arrays.append(_ABSENT[name])
+    return tuple(arrays)
 
 
 def _patterns(x: torch.Tensor) -> np.ndarray:
@@ -139,14 +141,6 @@ def _pattern(element: types.Type) -> Callable[[float], np.uint32]:
 
 
 @_exact
-def merge_patterns(counts: np.ndarray, total: np.ndarray) -> None:
-    """Add int64 ``counts`` to int32 or int64 ``total``, which may be shorter, and reset the added counts to zero."""
-    for i in range(total.shape[0]):
-        total[i] += counts[i]
-        counts[i] = 0
-
-
-@_exact
 def _add_to(total: np.ndarray, added: np.ndarray | tuple[float, ...]) -> None:
     """Add float64 values to those of an accumulator, without the freedom to reorder sums that the loops have."""
     for i in range(len(added)):
@@ -166,7 +160,7 @@ def _merge_moments(total: np.ndarray, earlier: int, count: int, mean: float, m2:
 def count_patterns(raw: np.ndarray, mask: np.ndarray, counts: np.ndarray) -> None:
     """Count the patterns of one sequence, uint16[tokens, units], where ``mask`` is true.
 
-    Added to: counts int64[65536].
+    Added to: counts int32[65536] or int64[65536].
     """
     for t in range(raw.shape[0]):
         if mask[t]:
@@ -175,17 +169,16 @@ def count_patterns(raw: np.ndarray, mask: np.ndarray, counts: np.ndarray) -> Non
 
 
 @_compiled
-def count_float32(x: np.ndarray, mask: np.ndarray, limits: np.ndarray, counts: np.ndarray, totals: Arrays) -> None:
+def count_float32(x: np.ndarray, mask: np.ndarray, limits: np.ndarray, totals: Arrays) -> None:
     """Count and sum the elements of one sequence, float32[tokens, units].
 
     Args:
         limits: uint32[k], the pattern of the smallest float32 that is not below each threshold.
 
-    Added to: counts int64[65536], by the upper half of the pattern of abs(x), and ``totals``: near_zero int64[k];
-    elements int64[3] (count, zeros, nonfinite); moments float64[2] (mean, m2), merged token by token (Chan); extremes
-    float64[2].
+    Added to: cuts int64[32768], by the upper half of the pattern of abs(x); near_zero int64[k]; elements int64[3]
+    (count, zeros, nonfinite); moments float64[2] (mean, m2), merged token by token (Chan); extremes float64[2].
     """
-    near_zero, elements, moments, extremes = totals
+    cuts, near_zero, elements, moments, extremes = totals
     count = zeros = nonfinite = 0
     mean = m2 = 0.0
     low = np.inf
@@ -202,7 +195,7 @@ def count_float32(x: np.ndarray, mask: np.ndarray, limits: np.ndarray, counts: n
             if size < _INF32:
                 finite += 1
                 total += value(row[j])
-                counts[size >> np.uint32(CUT_SHIFT)] += 1
+                cuts[size >> np.uint32(CUT_SHIFT)] += 1
                 if size == 0:
                     zeros += 1
         nonfinite += units - finite
