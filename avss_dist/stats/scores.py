@@ -457,7 +457,7 @@ def default_thresholds(stats: LayerStats) -> list[Threshold]:
 
 
 def _count_true(values: NDArray[np.bool_]) -> Float64:
-    """Return the number of true values along the last axis, fewer than 2^31. `np.count_nonzero` takes twice as long."""
+    """Return the number of true values along the last axis, fewer than 2^31. `numpy.count_nonzero` is slower."""
     return values.sum(axis=-1, dtype=np.int32).astype(np.float64)
 
 
