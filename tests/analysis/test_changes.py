@@ -83,6 +83,7 @@ def test_a_change_is_that_of_the_logarithm_of_the_stored_score(training: Path, c
     np.testing.assert_allclose(changes.change, np.diff(centered, axis=0), rtol=1e-9)
 
 
+@pytest.mark.nightly
 def test_shards_that_are_cut_otherwise_are_merged_to_common_ones(training: Path, tmp_path: Path) -> None:
     """The runs of the second warehouse have 16, 16 and 8 shards of the same rows, those of the third 8 each."""
     mixed = tmp_path / "mixed"

@@ -538,6 +538,7 @@ def test_a_threshold_that_no_run_counted(tmp_path: Path) -> None:
     assert "by run  avss / block / element / |x| < 0.3" in printed
 
 
+@pytest.mark.nightly
 def test_of_many_runs_few_are_told(tmp_path: Path) -> None:
     for i in range(41):
         write_scores(tmp_path, f"tiny-{i:02d}", UP)

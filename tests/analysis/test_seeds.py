@@ -170,6 +170,7 @@ def test_a_seed_that_is_there_twice_is_a_note(tmp_path: Path) -> None:
     assert note.startswith("org/a-seed*@step*: seed 1 is there twice, org/a-seed1@step* and org/a-seed2@step*.")
 
 
+@pytest.mark.nightly
 def test_seeds_of_other_widths_have_no_claim(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         write_seed(tmp_path, seed, {100: SCALES, 200: SCALES}, num_shards=8, hidden_size=32 * seed)

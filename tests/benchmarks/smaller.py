@@ -6,7 +6,7 @@
 Each repair is fitted on ``--fit`` alone, and on it and as many rows of text that the model writes itself. Each
 checkpoint is then distilled on later rows of both, if ``--distill-tokens`` says so. FOLDER receives the checkpoints;
 those that it has are not made again. Repairs are fitted in float32; passes of the distillation are in bfloat16 where
-the device multiplies it in hardware. Perplexities are computed by plain transformers in float32, row by row.
+the device multiplies it in hardware. Perplexities are computed by plain transformers, row by row, in ``--dtype``.
 
 The kept share is the perplexity of the whole model divided by that of the checkpoint. Behind it stands the difference
 from the first checkpoint of the table in points, with its 95% interval, over the same rows: those of `avss evaluate`
@@ -148,14 +148,20 @@ def read_rows(options: argparse.Namespace) -> dict[str, torch.Tensor]:
 
 
 @torch.inference_mode()
-def losses(checkpoint: str | Path, texts: Mapping[str, torch.Tensor]) -> dict[str, Losses]:
-    """Return the mean loss of each row of each text in nats, float64[rows]."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+def losses(checkpoint: str | Path, texts: Mapping[str, torch.Tensor], dtype: str = "float32") -> dict[str, Losses]:
+    """Return the mean loss of each row of each text in nats, float64[rows].
+
+    Args:
+        checkpoint: folder or hub id of a model.
+        texts: token ids by name, int64[rows, positions].
+        dtype: compute dtype. The loss itself is always computed in float32.
+    """
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
     losses_by_text = {}
     for name, rows in texts.items():
         by_row = []
         for row in rows:
-            logits = model(row[None], use_cache=False).logits[0, :-1]
+            logits = model(row[None], use_cache=False).logits[0, :-1].float()
             by_row.append(float(torch.nn.functional.cross_entropy(logits, row[1:])))
         losses_by_text[name] = np.array(by_row)
     return losses_by_text
@@ -222,14 +228,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--fit-rows", type=int, default=96, help="of each text that a repair is fitted on")
     parser.add_argument("--distill-tokens", type=int, default=0, help="0 for no distillation")
     parser.add_argument("--distill", nargs="+", help="names of rows of the table to distil, such as borrow-own; or all")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="in which perplexities are computed; bfloat16 takes a fraction of the time where there are units for it",
+    )
     options = parser.parse_args(arguments)
     texts = read_rows(options)
-    whole = losses(options.model, texts)
+    whole = losses(options.model, texts, options.dtype)
     print(f"| | {' | '.join(whole)} |")
     print(f"|---|{'---|' * len(whole)}", flush=True)
     reference = None
     for variant in variants(options):
-        smaller = losses(make(variant, options), texts)
+        smaller = losses(make(variant, options), texts, options.dtype)
         reference = reference or smaller
         print(row_of(variant.name, smaller, reference, whole), flush=True)
 

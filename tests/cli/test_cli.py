@@ -464,6 +464,7 @@ def test_a_copy_of_a_model_is_told_to_be_measured_once(tiny_llama: Path, tmp_pat
     assert "done before" not in result.stdout
 
 
+@pytest.mark.nightly
 def test_any_exception_of_a_models_code_is_a_failed_run(
     tiny_llama: Path, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

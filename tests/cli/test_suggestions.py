@@ -65,6 +65,7 @@ def follow(suggestions: list[list[str]], *verbs: str) -> str:
     return "\n".join(outputs)
 
 
+@pytest.mark.nightly
 def test_after_a_score(desk: Path) -> None:
     """The scores are shown, of a site that was measured."""
     follow(suggested("score", "model", "--corpus", "text.txt", *ROWS), "show")

@@ -178,6 +178,7 @@ def test_a_seed_changes_the_order_of_rows_and_skipped_ones_are_others(tmp_path: 
     assert planned().tokens_fingerprint != first.tokens_fingerprint
 
 
+@pytest.mark.nightly
 def test_score_puts_conversations_in_the_template_when_asked(tiny_llama: Path, tmp_path: Path) -> None:
     chatty = tmp_path / "chatty"
     out = tmp_path / "w"

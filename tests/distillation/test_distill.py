@@ -94,6 +94,7 @@ def changed(before: Path, after: Path | str) -> set[str]:
 # The result
 
 
+@pytest.mark.nightly
 def test_the_default_learning_rate_is_in_proportion_to_the_weights(
     distill: Distill, student: Path, tmp_path: Path
 ) -> None:

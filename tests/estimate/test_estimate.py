@@ -379,6 +379,7 @@ def test_rows_that_ranks_cannot_divide_are_refused(student: Path, tiny_llama: Pa
         rows_of(student, tiny_llama, devices_of("cpu", 2**40), ranks=3)
 
 
+@pytest.mark.nightly
 def test_the_command_tells_it_where_a_teacher_is_named(student: Path, tiny_llama: Path) -> None:
     command = ["estimate", student, "--sequence-length", 32, "--device", "cpu"]
     told = json.loads(avss(*command, "--teacher", tiny_llama, "--format", "json").stdout)

@@ -245,6 +245,7 @@ def share_of_orders(before: int, players: int) -> float:
     return math.factorial(before) * math.factorial(after) / math.factorial(players)
 
 
+@pytest.mark.nightly
 def test_a_permutation_stops_where_the_model_only_guesses(trained: Path) -> None:
     """The layers that are left share the rest of the loss, so that contributions add up as they do without."""
     model = opened(trained)

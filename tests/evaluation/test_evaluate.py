@@ -412,6 +412,7 @@ def findings_on_starts(warehouse: Path) -> list[dict[str, Any]]:
     return where(table.to_pylist(), kind="row_start")
 
 
+@pytest.mark.nightly
 def test_a_model_that_expects_another_start_is_found_out(text: Path, tmp_path: Path) -> None:
     folder = save_with_words(tmp_path / "model", expecting_bos(), "<bos> $A")
     warehouse = tmp_path / "w"

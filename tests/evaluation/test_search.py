@@ -107,6 +107,7 @@ def test_greedy_drops_what_costs_least_at_each_step(scored: Scored, model: Path)
     assert plan.why["sets"] == 12
 
 
+@pytest.mark.nightly
 def test_a_search_measures_what_it_does_not_know(scored: Scored) -> None:
     """Again, nothing; from the start, everything."""
     plan, _ = found_in(scored)
@@ -158,6 +159,7 @@ def test_another_checkpoint_is_refused(model: Path, scored: Scored, save_checkpo
 # The command line
 
 
+@pytest.mark.nightly
 def test_a_search_shows_its_steps_and_its_plan_prunes(scored: Scored, model: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     done = succeed("plan", "-w", scored[0], "--by", "greedy", "--count", 2, "--corpus", TEXT, "-o", plan, *OPTIONS)

@@ -337,6 +337,7 @@ def test_all_workers_that_there_is_room_for_share_the_fit(tmp_path: Path) -> Non
     assert copies_of(one_process, Settings(), local) == 1
 
 
+@pytest.mark.nightly
 def test_with_one_layer_more_less_is_kept_than_was_asked_for(
     done: Shrunk, warehouse: Path, deep: Path, tmp_path: Path
 ) -> None:

@@ -276,6 +276,7 @@ def test_an_encoder_is_refused(tiny_bert: Path, tiny_llama: Path, tmp_path: Path
         evaluate([str(tiny_bert)], tasks=[TASK], warehouse=tmp_path, base=str(tiny_llama), speed=True, **READ)
 
 
+@pytest.mark.nightly
 def test_json_has_a_row_for_each_measure(pruned: Path, tmp_path: Path) -> None:
     words = ["evaluate", pruned, "--tasks", TASK, "--speed", "-w", tmp_path / "w", *as_words(READ)]
     rows = json_rows(succeed(*words, "--format", "json").stdout)

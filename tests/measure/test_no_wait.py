@@ -51,8 +51,9 @@ class Launches:
 @pytest.mark.parametrize(
     ("backend", "dtype", "pairing"),
     [
-        *(("torch", torch.float32, None), ("cuda", torch.bfloat16, None), ("cuda", torch.bfloat16, PAIRED)),
-        *nightly(("torch", torch.bfloat16, None), ("cuda", torch.float32, None), ("torch", torch.float32, PAIRED)),
+        *(("cuda", torch.bfloat16, None), ("cuda", torch.bfloat16, PAIRED)),
+        *nightly(("torch", torch.float32, None), ("torch", torch.float32, PAIRED)),
+        *nightly(("torch", torch.bfloat16, None), ("cuda", torch.float32, None)),
     ],
     ids=lambda value: "paired" if value is PAIRED else str(value),
 )

@@ -147,6 +147,7 @@ def test_a_model_whose_layers_hand_on_more_is_not_run_by_layer(layers_of_six: La
     assert samples(damage(by_layer=True)(layers_of_six)) == expected
 
 
+@pytest.mark.nightly
 def test_the_activations_of_one_layer_are_in_memory(layers_of_six: LanguageModel) -> None:
     """Once it has been found, on a few tokens, that the layers can run again."""
     damage(by_layer=True)(layers_of_six)

@@ -31,8 +31,8 @@ from avss_dist.partition.replica import Replica, open_replica
 from avss_dist.stats.layer_stats import ShardResult
 
 SETTINGS = Settings(batch_size=2, sequence_length=24, dtype="float32", device="cpu")
-CLASSES = [("causal", "llama"), ("causal", "mixtral"), ("causal", "mamba"), ("masked", "bert")]
-OTHERS = [("causal", family) for family in ("gemma3_text", "gpt2", "gpt_neox", "bloom")]
+CLASSES = [("causal", "llama"), ("causal", "mixtral"), ("masked", "bert")]
+OTHERS = [("causal", family) for family in ("gemma3_text", "gpt2", "gpt_neox", "bloom", "mamba")]
 
 
 def placed(checkpoint: Checkpoint, cpu: int, settings: Settings = SETTINGS) -> Any:

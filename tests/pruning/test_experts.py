@@ -446,7 +446,7 @@ def fused(model: Any, layer: int) -> torch.nn.Module:
     ("by", "family"),
     all_of(
         product(("refit", "map"), FAMILIES),
-        default=[("refit", "qwen3_moe"), ("map", "gpt_oss")],
+        default=[("refit", "qwen3_moe")],
     ),
 )
 def test_a_repaired_checkpoint_is_the_masked_model_with_its_weights(

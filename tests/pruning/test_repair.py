@@ -20,7 +20,7 @@ from support.families import lively, tiny_model
 from support.json_files import read_json, write_json
 from support.planning import fit, prune
 from support.quantized import block_fp8
-from support.tiers import all_of, nightly
+from support.tiers import all_of
 from transformers import AutoModelForCausalLM
 
 import avss_dist
@@ -256,7 +256,8 @@ def test_cuts_are_runs_of_removed_layers_and_on_request_all_layers_behind_the_fi
     assert places_of(cuts) == [2, 3, 4, 6, 7, 8, 9]
 
 
-@pytest.mark.parametrize(("drop", "by", "places"), [((1,), "refit", [0, 2, 3, 4]), *nightly(((0, 1), None, [2, 3, 4]))])
+@pytest.mark.nightly
+@pytest.mark.parametrize(("drop", "by", "places"), [((1,), "refit", [0, 2, 3, 4]), ((0, 1), None, [2, 3, 4])])
 def test_what_is_still_missing_is_given_back_by_later_layers(
     drop: tuple[int, ...], by: str | None, places: list[int], tmp_path: Path, save_checkpoint: Save
 ) -> None:
@@ -411,6 +412,7 @@ def test_the_checkpoint_keeps_its_dtype(tmp_path: Path, save_checkpoint: Save) -
     assert cut.error_after < cut.error_before
 
 
+@pytest.mark.nightly
 def test_weights_in_several_files(tmp_path: Path, save_checkpoint: Save) -> None:
     """The same tensors as in one file, each in the file that it was in."""
     model = lively(llama())

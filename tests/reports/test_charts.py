@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from support.command_line import succeed
 from support.rows import column, where
+from support.tiers import nightly
 from support.warehouses import run_row, write_scores
 
 from avss_dist.reports.chart import layers_chart
@@ -129,9 +130,8 @@ def test_the_caption_has_the_tokens_of_the_smallest_and_the_largest_run() -> Non
 @pytest.mark.parametrize(
     ("command", "title"),
     [
-        ("show --run *", "Layer scores by depth"),
         ("compare", "Agreement of layer rankings"),
-        ("compare --along step", "Ranks along training step"),
+        *nightly(("show --run *", "Layer scores by depth"), ("compare --along step", "Ranks along training step")),
     ],
 )
 def test_a_page_of_a_picture_is_titled_by_what_it_shows(tmp_path: Path, command: str, title: str) -> None:

@@ -167,6 +167,7 @@ def test_what_is_published_is_what_the_warehouse_says(tmp_path: Path) -> None:
     assert (folder / "index.html").read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.nightly
 def test_every_table_is_published_whole(tmp_path: Path) -> None:
     """Tables of runs and of evaluations, whose ids are not those of runs. What others were made of stays."""
     write_every_table(tmp_path / "w")

@@ -423,6 +423,7 @@ def test_forty_runs_are_under_five_megabytes(tmp_path: Path) -> None:
     assert sizes[1] + 36 * size_of_run < 5_000_000
 
 
+@pytest.mark.nightly
 def test_of_more_runs_than_a_page_can_draw_the_newest_are_drawn(
     store: Warehouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -402,6 +402,7 @@ def test_a_job_is_run_once_and_a_model_that_fails_does_not_stop_it(
     assert "2 done, 1 refused." in output
 
 
+@pytest.mark.nightly
 def test_runs_that_differ_in_a_setting_have_names_of_their_own(tiny_llama: Path, tmp_path: Path) -> None:
     """As in jobs/dtype_audit.yaml: one model in two dtypes, on two corpora, told apart in the plan and in the log."""
     (tmp_path / "text.txt").write_text("One word after the other, and another one. " * 200)

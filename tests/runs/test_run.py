@@ -409,6 +409,7 @@ def test_an_evaluation_has_the_id_that_warehouses_know() -> None:
     assert planned.run_id() == "org-tiny-6c4a4b1dbf"
 
 
+@pytest.mark.nightly
 def test_shards_are_merged_in_blocks_when_there_are_many(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

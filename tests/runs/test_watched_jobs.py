@@ -180,6 +180,7 @@ def test_nothing_resumes_from_shards_that_may_have_other_weights(tmp_path: Path)
     assert [*(tmp_path / "w" / "shard_stats").rglob("*.parquet")] == []
 
 
+@pytest.mark.nightly
 def test_a_checkpoint_of_another_model_is_measured(checkpoints: list[Path], tiny_bert: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoints[0], tmp_path / "step-1")
     shutil.copytree(tiny_bert, tmp_path / "step-2")

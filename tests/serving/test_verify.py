@@ -93,7 +93,7 @@ def _verify(checkpoint: Path, server: InferenceServer, **options: Any) -> avss_d
         return avss_dist.verify(checkpoint, server=server.url, **SMALL | options)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=all_of(KINDS, ["vllm", "llama.cpp"]))
 def agreement(
     request: pytest.FixtureRequest,
     model: Any,

@@ -146,6 +146,7 @@ def test_errors_of_outputs_and_sizes(seen: Seen) -> None:
     assert bits.samples / bits.weights == 4.5
 
 
+@pytest.mark.nightly
 def test_changes_that_find_no_room_are_computed_again(grouped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = opened(grouped, dtype="float32")
     measure = RoundingDamage(shard=random_shard(), formats=("int4", "nvfp4"))

@@ -280,6 +280,7 @@ def test_a_file_that_is_mended_is_read_again(root: Path) -> None:
     assert warehouse.runs().num_rows == 3
 
 
+@pytest.mark.nightly
 def test_a_page_is_made_where_answers_of_paired_text_are_gone(tmp_path: Path) -> None:
     write_every_table(tmp_path)
     shutil.rmtree(tmp_path / "row_stats" / "run_id=a")

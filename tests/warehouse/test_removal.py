@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 from support.command_line import avss, files, mistake, succeed
 from support.rows import columns
-from support.tiers import nightly
 from support.warehouses import Stats, activations, stats_of, write_measured, write_scores
 from typer.testing import CliRunner
 
@@ -404,7 +403,8 @@ def seen(root: Path) -> dict[str, int]:
     return rows
 
 
-@pytest.mark.parametrize("first", [0, *nightly(1, 2)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("first", [0, 1, 2])
 def test_a_removal_that_is_killed_at_any_change_leaves_whole_runs_or_nothing(
     first: int, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

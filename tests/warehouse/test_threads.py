@@ -214,6 +214,7 @@ def test_no_query_aborts_at_its_end(query: str, code: int, commands: Commands) -
     assert {ended for ended, _ in commands.ends(["query", query])} == {code}
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_a_query_leaves_no_thread_of_its_own(measured: Path) -> None:
     warehouse = Warehouse(measured)
