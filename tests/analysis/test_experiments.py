@@ -168,6 +168,7 @@ def test_the_page_says_which_experiment_it_shows(root: Path) -> None:
     assert f"Experiment {NEW} of 2026-01-03 03:04 UTC, the newest of 2 with this run." in report_page(Warehouse(root))
 
 
+@pytest.mark.nightly
 def test_the_page_compares_within_the_newest_experiment(root: Path) -> None:
     assert "(perplexity 30, then 50)" in report_page(Warehouse(root))
 

@@ -201,6 +201,7 @@ def test_showing_says_how_well_scores_find_the_measured_loss(with_truth: Path, s
     assert re.search(r"Smoothed AVSS: Spearman 1.00 with .*; resampling the shards keeps \d+% of its", shown)
 
 
+@pytest.mark.nightly
 def test_reporting_says_how_well_scores_find_the_measured_loss(with_truth: Path, squares: str, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     succeed("report", "-w", with_truth, "--by", squares, "-o", file)

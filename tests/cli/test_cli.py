@@ -403,6 +403,7 @@ def test_json_has_no_number_that_json_lacks(scored: Path) -> None:
 # Several models, and runs that are there.
 
 
+@pytest.mark.nightly
 def test_one_missing_model_does_not_stop_the_others(warehouse: Path, tiny_llama: Path, tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     before = rows(warehouse, "FROM runs WHERE family = 'llama'")[0]

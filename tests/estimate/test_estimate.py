@@ -268,6 +268,7 @@ def test_what_fits_is_what_is_there(tiny_llama: Path) -> None:
         assert not row.fits
 
 
+@pytest.mark.nightly
 def test_a_gpu_holds_weights_and_the_host_the_process(tiny_llama: Path) -> None:
     row_of = rows(tiny_llama, devices_of("cuda", GB, host_bytes=9 * GB))
     size = footprint(str(tiny_llama), SETTINGS)

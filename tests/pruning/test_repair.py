@@ -388,6 +388,7 @@ def test_the_ends(tmp_path: Path, save_checkpoint: Save) -> None:
         prune(folder, first, tmp_path / "first", repair=repair_of())
 
 
+@pytest.mark.nightly
 def test_tokens_that_are_padding_take_no_part(tmp_path: Path, whole_llama: tuple[Path, Plan]) -> None:
     """Rows of one document each, in batches of any size: the same repair."""
     folder, plan = whole_llama
@@ -519,6 +520,7 @@ def test_a_weight_stands_at_the_end_of_a_text_that_is_no_file(tmp_path: Path) ->
         Repair(corpora=("a.txt=0",))
 
 
+@pytest.mark.nightly
 def test_a_repaired_checkpoint_is_not_evaluated_on_its_text(tiny_llama: Path, tmp_path: Path) -> None:
     plan = plan_of(tiny_llama, 3, 1)
     less = tmp_path / "less"

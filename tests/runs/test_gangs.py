@@ -510,7 +510,7 @@ def test_tensor_parallel_in_bfloat16(two_ranks: Gang, folder_of: Callable[[str],
             assert actual.dtype == wanted.dtype
 
 
-@pytest.mark.parametrize("partition", all_of([*SHARING, *SPLITTING], ["fsdp", "tensor_parallel"]))
+@pytest.mark.parametrize("partition", all_of([*SHARING, *SPLITTING], ["tensor_parallel"]))
 def test_unpacked_weights(two_ranks: Gang, folder_of: Callable[[str], Path], partition: str) -> None:
     """Block FP8 of which every rank reads whole blocks, or all: the numbers of one process that unpacks it."""
     folder = folder_of("qwen3_moe in FP8")
