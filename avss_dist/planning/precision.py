@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -193,7 +193,7 @@ def _map_shapes(run: TableRow) -> set[tuple[int, int]]:
     from avss_dist.models.checkpoint.size import find_layers, load_skeleton
 
     name = run["model"]
-    if run["revision"] and not Path(name).expanduser().exists():
+    if run["revision"] and not os.path.exists(os.path.expanduser(name)):
         name = f"{name}@{run['revision']}"
     settings = settings_of(run)
     options = Settings(layers=settings.get("layers"), trust_remote_code=settings.get("trust_remote_code", False))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
 from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from avss_dist.core.errors import AvssError
@@ -50,7 +50,7 @@ def local_run_size(run: TableRow) -> Footprint | None:
 
 def _is_local(model: str) -> bool:
     """Whether a model's name is a file or folder of this machine."""
-    return Path(model).expanduser().exists()
+    return os.path.exists(os.path.expanduser(model))
 
 
 def count_for_memory(size: Footprint, memory: float) -> int:

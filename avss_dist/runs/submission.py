@@ -284,7 +284,7 @@ def _outcome(log: str) -> str:
 def _require_reachable(job: JobFile) -> None:
     """Raise ConfigError for paths that are not in the working directory that the cluster makes."""
     problems = []
-    if "://" not in job.warehouse and not Path(job.warehouse).expanduser().is_absolute():
+    if "://" not in job.warehouse and not os.path.isabs(os.path.expanduser(job.warehouse)):
         problems.append(f"the warehouse '{job.warehouse}' would be lost with the job's working directory")
     for model, line in job.models.items():
         path = Path(model)

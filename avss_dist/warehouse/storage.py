@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import secrets
 from collections.abc import Iterator
@@ -314,7 +315,7 @@ def _replaced_by(path: str) -> str:
 def _uri(root: str) -> str:
     """Return a folder as a URI. On S3, a small file is written in one request, which leaves no partial file."""
     if not _SCHEME.match(root):
-        return Path(root).expanduser().absolute().as_uri()
+        return Path(os.path.expanduser(root)).absolute().as_uri()
     if not root.startswith("s3:") or "allow_delayed_open=" in root:
         return root
     separator = "&" if "?" in root else "?"

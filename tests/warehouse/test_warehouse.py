@@ -480,6 +480,8 @@ def test_columns_that_a_file_lacks_are_null(tmp_path: Path) -> None:
 def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(WarehouseError, match="is not a warehouse: it has no runs folder"):
         Store(tmp_path).reader.table("runs")
+    with pytest.raises(WarehouseError, match="~no-such-user/w is not a warehouse"):
+        Store("~no-such-user/w").reader.table("runs")
     store = Store(tmp_path)
     store.storage.create()
     assert temporaries(tmp_path) == []
