@@ -302,6 +302,7 @@ def test_limits_are_of_the_memory_that_is_here(header_only: Path, monkeypatch: p
             assert not row.fits
 
 
+@pytest.mark.nightly
 def test_what_fits_a_limit_is_what_a_run_accepts(tiny_llama: Path) -> None:
     devices = devices_of("cpu", 64 * GB)
     size = footprint(str(tiny_llama), SETTINGS)

@@ -162,6 +162,7 @@ def checkpoints(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> l
     return [str(folder / "without 0"), str(folder / "without 1")]
 
 
+@pytest.mark.nightly
 def test_pruned_checkpoints_are_compared_by_what_they_keep_of_their_base(
     checkpoints: list[str], evaluated: Stored, tiny_llama: Path
 ) -> None:

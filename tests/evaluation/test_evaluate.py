@@ -173,6 +173,7 @@ def pruned(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.nightly
 def test_the_base_model_of_the_card_is_evaluated_too(pruned: Path, tmp_path: Path) -> None:
     """Its losses, and what is kept, are those of the plan that the checkpoint was made by."""
     warehouse = tmp_path / "w"

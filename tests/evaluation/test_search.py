@@ -138,6 +138,7 @@ def test_a_fresh_search_goes_by_its_own_measurements_whatever_the_clock_says(
     assert not cell_times(scored[0]).items() & before.items()
 
 
+@pytest.mark.nightly
 def test_the_text_of_a_search_is_no_text_to_evaluate_on(scored: Scored, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     found_in(scored)[0].write(plan)

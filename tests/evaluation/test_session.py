@@ -125,6 +125,7 @@ def test_nothing_is_measured_twice(tiny_llama: Path, tmp_path: Path) -> None:
     assert len(more) == 3
 
 
+@pytest.mark.nightly
 def test_a_session_that_was_stopped_goes_on_and_what_is_lost_is_measured_again(
     tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -235,6 +235,7 @@ def test_whole_layers_alone_are_left_out(intervention: Intervention, layers: tup
     assert removed_layers(intervention) == layers
 
 
+@pytest.mark.nightly
 def test_evaluations_have_the_speed_of_plans_and_checkpoints(tiny_llama: Path, pruned: Path, tmp_path: Path) -> None:
     plan = write_plan(tiny_llama, tmp_path / "two.yaml", 0, 1)
     done = evaluate([str(pruned), str(plan)], tasks=[TASK], warehouse=tmp_path / "w", speed=True, **READ)

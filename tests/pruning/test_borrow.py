@@ -428,6 +428,7 @@ def test_a_channel_with_a_tiny_gain_is_read_with_gain_1(tmp_path: Path, save_che
 # Notes and records
 
 
+@pytest.mark.nightly
 def test_a_layer_whose_neurons_are_left_out_is_named(tmp_path: Path, save_checkpoint: Save) -> None:
     """Without neurons to borrow, the repair is that of `refit`, to the bit."""
     model = lively(tiny_model("causal", "stablelm"))

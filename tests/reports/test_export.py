@@ -88,6 +88,7 @@ def test_names_are_no_formulas_in_a_spreadsheet(tmp_path: Path) -> None:
     assert as_json["model"] == " =1+1"
 
 
+@pytest.mark.nightly
 def test_an_old_file_outlives_a_write_that_fails(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a full disk, a page or a picture is not lost to half of another."""
     write = Path.write_bytes

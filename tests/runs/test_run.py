@@ -273,7 +273,7 @@ def test_a_damaged_row_of_a_done_run_is_made_again_from_its_shards(tiny_llama: P
     assert again.resumed_shards == done.num_shards
 
 
-@pytest.mark.parametrize("interference", ["backwards", "twice"])
+@pytest.mark.parametrize("interference", ["backwards", *nightly("twice")])
 def test_order_and_duplicates_do_not_matter(
     interference: str, tiny_llama: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
