@@ -560,6 +560,7 @@ def test_progress_is_shown_where_somebody_looks(tmp_path: Path, monkeypatch: pyt
     assert "Comparing 3 pairs" in terminal.getvalue()
 
 
+@pytest.mark.nightly
 def test_many_pairs_are_shown_from_both_ends(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for i in range(12):

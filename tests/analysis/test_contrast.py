@@ -302,6 +302,7 @@ def test_the_page_shows_it_and_escapes_labels(scored: Warehouse, run: dict[str, 
     assert set(column(chart.rows, "answers")) >= {"after their own prompts", "after another prompt"}
 
 
+@pytest.mark.nightly
 def test_with_labels_exchanged_inside_pairs_none_is_named(scored: Warehouse, run: dict[str, Any]) -> None:
     """20 seeds; in 200, 1% name a layer, and 5.5% find one that differs by label."""
     rows = answer_rows(scored, run, "neuron")

@@ -123,6 +123,7 @@ def test_the_first_token_that_carries_the_variance(tmp_path: Path) -> None:
     assert row["message"].endswith("leave it out: --skip-first-tokens 1.")
 
 
+@pytest.mark.nightly
 def test_runs_that_are_read_one_by_one_have_the_same_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_measured(tmp_path, "one", stats_of(with_dominant_unit(activations(), [1, 4])), 8)
     write_measured(tmp_path, "other", stats_of(activations(scales=np.sort(SCALES))), 8)

@@ -168,6 +168,7 @@ def comparison(warehouse: Warehouse, by: str, **options: Any) -> RankingComparis
     return compare(warehouse, warehouse.runs()["run_id"].to_pylist(), by=by, threshold=PUBLISHED, **options)
 
 
+@pytest.mark.nightly
 def test_models_of_a_family_agree_more_than_those_of_two(tmp_path: Path) -> None:
     compared = comparison(write_models(tmp_path), "family")
     rows = rows_of_groups(compared.groups)

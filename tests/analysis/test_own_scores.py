@@ -159,6 +159,7 @@ def test_a_score_of_another_model_is_refused_wherever_scores_are_read(
         command(warehouse=with_truth, by=["other.csv:mine"], **options)
 
 
+@pytest.mark.nightly
 def test_a_mapping_of_scores_is_compared_with_the_ground_truth(with_truth: Path) -> None:
     values = {0: 0.0, 1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0, 5: 5.0}
     cards = avss_dist.findings(warehouse=with_truth, truth=True, by=[values])
@@ -279,6 +280,7 @@ def test_a_map_of_a_score_of_your_own_is_drawn(several: Path, tmp_path: Path, op
     assert picture.read_text().startswith("<svg")
 
 
+@pytest.mark.nightly
 def test_a_score_of_your_own_is_drawn_beside_the_others(several: Path) -> None:
     """Names of files have characters that mean something in the names of fields of a chart."""
     row = {"layer_name": "h", "rank": 1, "avss_low": None, "avss_high": None, "threshold": 1e-5}

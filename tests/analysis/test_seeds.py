@@ -163,6 +163,7 @@ def test_seeds_without_a_point_in_common_are_a_note(tmp_path: Path) -> None:
     assert compared(tmp_path).notes == ["org/a-seed*@step*: the seeds have no point in common."]
 
 
+@pytest.mark.nightly
 def test_a_seed_that_is_there_twice_is_a_note(tmp_path: Path) -> None:
     write_seed(tmp_path, 1, {100: SCALES, 200: SCALES}, num_shards=8)
     write_seed(tmp_path, 2, {100: SCALES, 200: SCALES}, num_shards=8, seed=1)
@@ -184,6 +185,7 @@ def test_seeds_in_one_series_are_refused(tmp_path: Path) -> None:
     assert curve.no_claim.startswith("The runs are of 2 seeds, and in one series: 1, 2.")
 
 
+@pytest.mark.nightly
 def test_the_shards_of_seeds_are_read_once(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They count once against the limit, too. Where shards are cut alike, their boundaries are read apart."""
     monkeypatch.setattr(curves, "MAX_MEASUREMENTS_OF_SEVERAL", 96 * LAYERS)
@@ -207,6 +209,7 @@ def test_nothing_is_claimed_about_seeds_with_too_many_shards(three: Path, monkey
     )
 
 
+@pytest.mark.nightly
 def test_seeds_under_other_conditions_are_no_group(tmp_path: Path) -> None:
     write_seed(tmp_path, 1, {100: SCALES, 200: SCALES}, num_shards=8)
     write_seed(tmp_path, 2, {100: SCALES, 200: SCALES}, num_shards=8, dtype="bfloat16")

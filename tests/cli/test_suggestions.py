@@ -133,6 +133,7 @@ def test_a_gpu_is_not_asked_for() -> None:
     assert repeated_options(row) == {}
 
 
+@pytest.mark.nightly
 def test_paths_with_spaces_are_quoted(desk: Path) -> None:
     (command,) = suggested("score", "model", "--corpus", "text.txt", *ROWS, "-w", "my warehouse")
     (evaluation,) = suggested("plan", "--by", "avss", "-w", "my warehouse", "-o", "my plan.yaml")

@@ -162,6 +162,7 @@ def test_the_written_checkpoint_is_what_the_last_point_measured(
     assert after.kept["other.txt"] == pytest.approx(math.exp(-rise), rel=1e-4)
 
 
+@pytest.mark.nightly
 def test_what_is_trained_and_the_memory_that_it_takes(
     distill: Distill, distilled: Observed, student: Path, tmp_path: Path
 ) -> None:
@@ -310,6 +311,7 @@ def test_ranks_that_cannot_be_are_refused(
     assert not (tmp_path / "out.part").exists()
 
 
+@pytest.mark.nightly
 def test_paired_text_can_only_be_watched(distill: Distill, tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path, 20)
     refused(distill, "paired text", corpora=[pairs])
@@ -327,6 +329,7 @@ def test_watched_text_that_is_trained_on_is_refused(distill: Distill, corpus: Pa
     assert done.record.texts[1].label == "same.txt"
 
 
+@pytest.mark.nightly
 def test_a_student_without_a_common_ancestor_is_distilled_and_noted(distill: Distill, tiny_llama: Path) -> None:
     done = distill(student=tiny_llama, tokens=4 * TOKENS)
     assert "Nothing says that" in done.notes[0]
@@ -353,6 +356,7 @@ def test_text_that_has_changed_is_not_resumed(
     refused(distill, r"text of text.txt has changed", corpora=[text])
 
 
+@pytest.mark.nightly
 def test_trained_text_is_not_held_out_from_an_evaluation(
     distilled: Observed, corpus: Path, other_corpus: Path, tmp_path: Path
 ) -> None:

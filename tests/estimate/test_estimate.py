@@ -197,6 +197,7 @@ def test_a_gguf_file_is_unpacked_layer_by_layer(tmp_path: Path) -> None:
     assert "is a .gguf file" in row_of["fsdp"].why
 
 
+@pytest.mark.nightly
 def test_only_mixtures_fit_expert_parallel(tiny_llama: Path, tmp_path: Path, save_checkpoint: Save) -> None:
     from support.families import tiny_model
 
@@ -238,6 +239,7 @@ def test_a_model_that_deepspeed_splits_fits_too(tmp_path: Path, save_checkpoint:
     assert whole.device_bytes > part.device_bytes
 
 
+@pytest.mark.nightly
 def test_unpacking_takes_memory_beside_a_layer(tiny_llama: Path) -> None:
     """The weights of a GPU are two layers as they are computed with, and of the host as they are stored."""
     layer = footprint(str(tiny_llama), SETTINGS).layer_bytes[0]

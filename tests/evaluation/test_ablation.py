@@ -350,6 +350,7 @@ def total_shapley(ablation: Ablation) -> float:
     return sum(ablation.table()["shapley"].to_pylist())
 
 
+@pytest.mark.nightly
 def test_resumed_or_not_the_contributions_are_the_same(four_layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = opened(four_layers)
     assert model.resumes
@@ -588,6 +589,7 @@ def test_rows_of_the_warehouse_name_what_is_rounded(measured: Path) -> None:
     assert joined.num_rows == 2 * 4  # two texts
 
 
+@pytest.mark.nightly
 def test_the_scorecard_compares_with_rounded_layers(measured: Path) -> None:
     store = Warehouse(measured)
     cards = score_cards(store, store.runs().to_pylist())

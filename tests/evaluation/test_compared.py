@@ -223,6 +223,7 @@ def test_stored_evaluations_are_compared_as_the_command_compares_them(
     assert section.sentences == [expected]
 
 
+@pytest.mark.nightly
 def test_other_rows_and_other_texts_are_other_samples(plans: dict[str, str], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(sentences(400, seed=1)))

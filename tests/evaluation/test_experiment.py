@@ -139,6 +139,7 @@ def test_a_search_finds_what_a_plan_finds(done: Done) -> None:
     assert cell_times(warehouse) == cells
 
 
+@pytest.mark.nightly
 def test_what_is_lost_is_measured_again_and_each_cell_is_measured_once(done: Done) -> None:
     job, rows = done
     warehouse = read_job(job).warehouse

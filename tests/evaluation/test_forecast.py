@@ -106,6 +106,7 @@ def test_the_time_is_that_of_a_run_of_the_same_shape(tiny_llama: Path, plan: Pat
     assert forecast_plan(plan, tmp_path / "w").steps[0].reference == run.run_id
 
 
+@pytest.mark.nightly
 def test_the_time_is_that_of_stored_losses_before_that_of_runs(plan: Path, tiny_llama: Path, tmp_path: Path) -> None:
     run = score(tiny_llama, corpus=TEXT, warehouse=tmp_path / "w", **READ)
     other = {**READ, "skip_sequences": 40}
@@ -153,6 +154,7 @@ def test_stored_scores_are_not_forecast_again(tiny_llama: Path, tmp_path: Path) 
     assert (scores.stored, damage.stored) == (scores.evaluations, damage.evaluations)
 
 
+@pytest.mark.nightly
 def test_a_greedy_search_is_forecast_by_its_sets(tiny_llama: Path, tmp_path: Path) -> None:
     options = {**SHRINK, "by": "greedy", "share": 0.34}
     request = ShrinkRequest(str(tiny_llama), output=str(tmp_path / "out"), **options)

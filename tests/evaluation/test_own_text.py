@@ -73,6 +73,7 @@ def test_equal_seeds_write_equal_texts(texts: Sequence[str], deep: Path, tmp_pat
     assert written(deep, tmp_path) == texts
 
 
+@pytest.mark.nightly
 def test_another_seed_writes_other_texts(texts: Sequence[str], deep: Path, tmp_path: Path) -> None:
     assert not set(written(deep, tmp_path, seed=1)) & set(texts)
 
@@ -91,6 +92,7 @@ def test_the_number_of_texts_at_once_changes_no_text_in_float32(
     assert written(deep, tmp_path) == texts
 
 
+@pytest.mark.nightly
 def test_as_many_texts_are_written_at_once_as_there_is_memory_for(
     deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +191,7 @@ def test_progress_is_told_within_a_batch_and_the_number_of_texts_before(deep: Pa
     assert "writes 8 texts of up to 16 tokens itself" in events[0].text
 
 
+@pytest.mark.nightly
 def test_the_time_is_said_before_once_a_speed_is_known(deep: Path, tmp_path: Path) -> None:
     events: list[Any] = []
     written(deep, tmp_path, 8)
@@ -278,6 +281,7 @@ def test_a_model_that_generates_nothing_is_fitted_on_the_given_text_alone(
     assert [text.corpus for text in done.record.texts] == [TEXT]
 
 
+@pytest.mark.nightly
 def test_a_dry_run_has_a_step_for_the_text(deep: Path, tmp_path: Path) -> None:
     forecast = forecast_shrinking(shrink_request(deep, tmp_path, repair="channel"))
     (step,) = [step for step in forecast.steps if step.step == "text that the model writes itself"]

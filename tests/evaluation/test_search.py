@@ -118,6 +118,7 @@ def test_a_search_measures_what_it_does_not_know(scored: Scored) -> None:
     assert not cell_times(scored[0]).items() >= before.items()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("year", [2050, *nightly(2020)])
 def test_a_fresh_search_goes_by_its_own_measurements_whatever_the_clock_says(
     year: int, scored: Scored, monkeypatch: pytest.MonkeyPatch

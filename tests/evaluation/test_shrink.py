@@ -379,6 +379,7 @@ def test_as_many_layers_go_as_can(repair: str, warehouse: Path, deep: Path, tmp_
     assert gone(tight.best) <= gone(loose.best)
 
 
+@pytest.mark.nightly
 def test_where_no_layer_can_go_nothing_is_written(warehouse: Path, deep: Path, tmp_path: Path) -> None:
     unwritten = tmp_path / "none"
     with pytest.raises(PlanError, match=r"Without layer \d, the first to go, .* is kept, under 99.9%"):

@@ -137,6 +137,7 @@ def test_models_generate_in_turn(tiny_llama: Path, pruned: Path, monkeypatch: py
     assert labels == ["whole", "smaller"] * 2
 
 
+@pytest.mark.nightly
 def test_models_without_room_for_both_are_opened_one_after_the_other(
     tiny_llama: Path, pruned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +186,7 @@ def test_each_model_has_its_dtype(tiny_llama: Path) -> None:
     assert "bfloat16, the whole model float32" in shown(result)
 
 
+@pytest.mark.nightly
 def test_states_of_a_recurrence_are_a_cache(save_checkpoint: Save, tmp_path: Path) -> None:
     folder = save_checkpoint(tiny_model("causal", "mamba"), tmp_path / "mamba")
     (result,) = measured(folder, SpeedSubject(label="again", model=placed(folder)))

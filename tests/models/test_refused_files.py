@@ -245,6 +245,7 @@ def _mixed(tensors: Tensors) -> Tensors:
     return mixed
 
 
+@pytest.mark.nightly
 def test_mixed_weights_without_a_dtype_compute_alike_in_every_partition(copy: Path) -> None:
     checkpoint = checkpoint_at(change(copy, _mixed, dtype=None))
     settings = pin(Settings(sequence_length=64), checkpoint, text_config(checkpoint), "cpu")

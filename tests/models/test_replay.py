@@ -123,6 +123,7 @@ def test_layers_of_common_families_run_again(family: str, open_family: Any) -> N
     assert runs == [True] * 2 * len(list(SHARD.batches(2)))
 
 
+@pytest.mark.nightly
 def test_predictions_without_a_layer_by_layer(layers_of_six: LanguageModel) -> None:
     without = Intervention(removed=(0, 3))
     by_layer = samples(damage(by_layer=True)(layers_of_six, without))

@@ -150,6 +150,7 @@ def test_the_bytes_of_single(kind: str, family: str, dtype: str, family_folder: 
         assert gradients_wanted(ours) == gradients_wanted(theirs)
 
 
+@pytest.mark.nightly
 def test_half_precision_files(tmp_path: Path) -> None:
     llama().to(torch.bfloat16).save_pretrained(tmp_path)
     for compute, dtype in (("float32", "float32"), ("auto", "bfloat16")):

@@ -173,6 +173,7 @@ def test_gradients_reach_the_rows_of_the_remaining_experts() -> None:
     assert not mlp.experts.down_proj.grad[3].any()
 
 
+@pytest.mark.nightly
 def test_groups_of_a_router_stay_of_equal_size(tmp_path: Path) -> None:
     """Of two groups of four, one is chosen; each loses an expert."""
     whole = mixture("deepseek_v3", 8, n_group=2, topk_group=1)
@@ -194,6 +195,7 @@ def test_groups_of_a_router_stay_of_equal_size(tmp_path: Path) -> None:
         prune(whole_folder, uneven, tmp_path / "uneven")
 
 
+@pytest.mark.nightly
 def test_experts_of_a_quantized_checkpoint_are_copied_as_they_are_stored(tmp_path: Path) -> None:
     """Each in tensors of its own, with a scale for each matrix."""
     whole = mixture("qwen3_moe")
@@ -409,6 +411,7 @@ def test_mistakes(options: Sequence[object], told: str, planted: Planted, tmp_pa
     assert not plan_file.exists()
 
 
+@pytest.mark.nightly
 def test_a_model_without_experts(tiny_llama: Path, tmp_path: Path) -> None:
     warehouse = tmp_path / "w"
     succeed("score", tiny_llama, "--corpus", "builtin:pydoc", "-w", warehouse, *SMALL)
@@ -641,6 +644,7 @@ def test_what_is_too_little_for_a_repair(
     assert not less.exists()
 
 
+@pytest.mark.nightly
 def test_experts_whose_weights_are_unknown_are_refused(tmp_path: Path, save_checkpoint: Save) -> None:
     """One of them is stored in another format than the others."""
     whole, folder = saved("qwen3_moe", tmp_path / "whole", save_checkpoint)

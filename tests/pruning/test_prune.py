@@ -457,6 +457,7 @@ def test_a_pattern_becomes_the_modules_that_it_matches(tiny_llama: Path, tmp_pat
     assert last.mlp.down_proj.weight.dtype == torch.float32
 
 
+@pytest.mark.nightly
 def test_the_quantized_tower_of_a_multimodal_model(
     tmp_path: Path, save_checkpoint: Callable[[Any, Path], Path]
 ) -> None:
@@ -523,6 +524,7 @@ def change_quantization(folder: Path, **changed: Any) -> None:
 # What they are computed with
 
 
+@pytest.mark.nightly
 def test_what_no_device_here_computes_with_is_unpacked_only_on_request(fp8: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("one two three four five six seven eight " * 20)

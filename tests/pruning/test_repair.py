@@ -286,6 +286,7 @@ def test_what_is_still_missing_is_given_back_by_later_layers(
     assert "Repaired after 2: error" in "\n".join(record.describe())
 
 
+@pytest.mark.nightly
 def test_each_cut_sees_the_repairs_before_it(tmp_path: Path, save_checkpoint: Save) -> None:
     """The errors of the second cut are those of plain transformers with the first repair alone, and with both."""
     whole = lively(llama(num_hidden_layers=6))
@@ -635,6 +636,7 @@ def test_an_mlp_that_adds_nothing_gives_nothing_back(by: str, tmp_path: Path, sa
     assert not less.exists()
 
 
+@pytest.mark.nightly
 def test_quantized_weights_are_refused_before_a_text_is_seen(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

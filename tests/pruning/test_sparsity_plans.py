@@ -122,6 +122,7 @@ def test_the_warehouse_has_the_thresholds_of_a_plan(scored: Path, tmp_path: Path
         assert row["value"] == planned[row["layer"], row["map"]].value
 
 
+@pytest.mark.nightly
 def test_a_plan_is_evaluated_beside_the_dense_model_alone_and_on_top_of_another(
     scored: Path, tmp_path: Path, dtype: str
 ) -> None:

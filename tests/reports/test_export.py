@@ -133,6 +133,7 @@ def test_a_chart_of_very_many_runs_is_refused(root: Path, monkeypatch: pytest.Mo
     assert not (root / "chart.svg").exists()
 
 
+@pytest.mark.nightly
 def test_what_is_shown_and_drawn_is_named_as_smoothed(root: Path, tmp_path: Path) -> None:
     """The column `avss` is the score as published; tables and pictures have `avss_smoothed`."""
     shown = avss("show", "-w", root, "--run", "tiny-1").stdout.lower()

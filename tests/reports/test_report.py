@@ -478,6 +478,7 @@ def test_labels_tell_runs_apart_with_as_little_as_will_do(changes: list[dict[str
 # The command.
 
 
+@pytest.mark.nightly
 def test_the_command_writes_the_runs_that_are_named(store: Warehouse, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     done = succeed("report", "-w", store.root, "-o", file, "--run", "alpha*", "--run", "gone-0123456789")

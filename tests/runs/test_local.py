@@ -97,6 +97,7 @@ def test_shards_at_once_give_the_same_bytes(
     assert_same_tables(tmp_path, undisturbed)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("cores_free", "threads"), [(2, 1), (4, 2)])
 def test_every_shard_computes_with_the_threads_of_the_settings(

@@ -238,6 +238,7 @@ def damage_row(out: Path, run_id: str) -> None:
     file.write_bytes(file.read_bytes()[:100])
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("fresh", [False, *nightly(True)])
 def test_a_damaged_row_of_a_failure_is_replaced_by_that_of_the_next_attempt(
     fresh: bool, tiny_llama: Path, tmp_path: Path
@@ -253,6 +254,7 @@ def test_a_damaged_row_of_a_failure_is_replaced_by_that_of_the_next_attempt(
     assert Warehouse(warehouse).runs()["status"].to_pylist() == ["done"]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("fresh", [True, *nightly(False)])
 def test_a_damaged_row_of_a_failure_stops_no_other_run(fresh: bool, tiny_llama: Path, tmp_path: Path) -> None:
     models = [str(tmp_path / "gone"), str(tiny_llama)]
@@ -265,6 +267,7 @@ def test_a_damaged_row_of_a_failure_stops_no_other_run(fresh: bool, tiny_llama: 
     assert sorted(Warehouse(out).runs()["status"].to_pylist()) == ["done", "failed"]
 
 
+@pytest.mark.nightly
 def test_a_damaged_row_of_a_done_run_is_made_again_from_its_shards(tiny_llama: Path, tmp_path: Path) -> None:
     done = score(tiny_llama, tmp_path)
     damage_row(tmp_path, done.run_id)

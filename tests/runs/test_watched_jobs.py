@@ -135,6 +135,7 @@ def test_a_checkpoint_that_is_deleted_fails_alone(checkpoints: list[Path], tmp_p
     assert statuses(tmp_path) == ["done", "failed"]
 
 
+@pytest.mark.nightly
 def test_a_step_that_is_written_again_is_another_run(checkpoints: list[Path], tmp_path: Path) -> None:
     shutil.copytree(checkpoints[0], tmp_path / "step-1")
 
@@ -193,6 +194,7 @@ def test_a_watch_that_finds_nothing_fails(tmp_path: Path) -> None:
         avss_dist.run(job_file(tmp_path, f"'{tmp_path}/step-*'"), **QUIET)
 
 
+@pytest.mark.nightly
 def test_the_command_counts_its_runs(checkpoints: list[Path], tmp_path: Path) -> None:
     file = job_file(tmp_path, f"'{checkpoints[0].parent}/step-*'")
     result = avss("run", file, "--watch", "--until", 2, "--watch-seconds", 0.05)

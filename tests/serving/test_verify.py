@@ -189,6 +189,7 @@ def test_a_model_that_is_read_differently_is_told(
     assert done.outcome == "different", done.sentences
 
 
+@pytest.mark.nightly
 def test_an_ignored_window_is_told_from_its_end_on(checkpoint: Path, model: Any, tokenizer: Any) -> None:
     other = _model(sliding_window=256)
     other.load_state_dict(model.state_dict())
@@ -356,6 +357,7 @@ def test_a_damaged_file_of_receipts_is_named(tmp_path: Path) -> None:
         read_receipts(tmp_path)
 
 
+@pytest.mark.nightly
 def test_a_runtimes_own_difference_is_told_apart(
     checkpoint: Path, model: Any, tokenizer: Any, tmp_path: Path, save_checkpoint: Callable[[Any, Path], Path]
 ) -> None:

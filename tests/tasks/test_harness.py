@@ -183,6 +183,7 @@ def test_samples_of_multiple_choice_are_those_of_plain_transformers(whole: Langu
     assert rows["brier_score"].samples == pytest.approx([np.mean(squares)], rel=1e-5)
 
 
+@pytest.mark.nightly
 def test_layers_left_out_are_those_that_a_pruned_checkpoint_lacks(
     whole: LanguageModel, pruned: LanguageModel, tmp_path: Path
 ) -> None:
@@ -433,6 +434,7 @@ def test_what_the_harness_cannot_score_is_a_mistake_and_what_fails_in_the_model_
         part(whole)
 
 
+@pytest.mark.nightly
 def test_what_is_no_task_file(tmp_path: Path) -> None:
     """A pipe would be read for ever, and a deep file ends in Python's own error."""
     os.mkfifo(tmp_path / "pipe.yaml")
@@ -495,6 +497,7 @@ def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         harness_task("hellaswag")
 
 
+@pytest.mark.nightly
 def test_questions_stand_in_the_chat_template(folder: Path, tmp_path: Path) -> None:
     chatty = tmp_path / "chatty"
     shutil.copytree(folder, chatty)

@@ -169,6 +169,7 @@ def test_runs_that_come_change_and_go_are_seen(
     assert sums(many) == expected == sums(many)
 
 
+@pytest.mark.nightly
 def test_parts_of_a_version_with_other_columns_are_ignored(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(compaction, "_columns", lambda name: b"other")
@@ -313,6 +314,7 @@ def test_a_reader_whose_parts_are_replaced_reads_the_new_ones(changed: Path) -> 
 # Digests of layer statistics.
 
 
+@pytest.mark.nightly
 def test_digests_from_parts_and_from_files_give_the_same_findings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

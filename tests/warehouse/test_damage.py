@@ -187,6 +187,7 @@ def ablated(root: Path) -> Path:
     return root
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("command", ["findings --truth --run *", "report -o x.html", "publish site"])
 def test_damaged_scores_of_an_ablated_run_are_named(
     command: str, ablated: Path, monkeypatch: pytest.MonkeyPatch
@@ -446,6 +447,7 @@ def test_a_flipped_byte_of_a_part_changes_no_row(table: str, copied: Path) -> No
         assert not warehouse.damaged
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("table", ["runs", *nightly("scores")])
 def test_a_flipped_byte_of_a_part_in_the_cache_changes_no_row(table: str, copied: Path, tmp_path: Path) -> None:
     query = SUM.format(table)
