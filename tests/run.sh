@@ -12,6 +12,8 @@ if [[ " $* " == *" --nightly "* ]] && ! command -v chromium chromium-browser goo
     >/dev/null || echo "No chromium: the tests in a browser skip." >&2
 fi
 
+unset PYTHONDONTWRITEBYTECODE # modules and rewritten assertions are compiled once, not by each process
+
 # Types are checked while the tests run: alone, mypy keeps one core busy for a minute.
 said="$(mktemp)"
 "$VENV/bin/mypy" >"$said" 2>&1 &
