@@ -70,7 +70,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_the_streams_of_a_process(line: str, code: int, errors: str) -> None:
     """Full, closed, of another encoding, or with a reader that has had enough."""
-    words = line.replace("AVSS", f"{sys.executable} -m avss_dist")
+    words = line.replace("AVSS", shlex.join(COMMAND))
     done = subprocess.run(["bash", "-o", "pipefail", "-c", words], capture_output=True, text=True, check=False)
     assert done.returncode == code
     assert done.stderr == errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,14 +84,14 @@ def test_without_a_record_the_clone_that_is_imported_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, activated: Path
 ) -> None:
     install(tmp_path / "site", monkeypatch, None)
-    assert package_hint() == f"pip install {Path(__file__).parents[2]}"
+    assert package_hint() == shlex.join(["pip", "install", str(Path(__file__).parents[2])])
 
 
 def test_the_pip_of_an_environment_that_is_not_activated_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, activated: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert install_hint("pandas") == f"{sys.executable} -m pip install pandas"
+    assert install_hint("pandas") == shlex.join([sys.executable, "-m", "pip", "install", "pandas"])
 
 
 def test_other_packages_are_installed_by_name(activated: Path) -> None:

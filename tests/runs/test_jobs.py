@@ -538,8 +538,8 @@ def test_a_mistake_names_a_page_that_exists(tmp_path: Path, text: str | bytes | 
         file.write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(ConfigError) as caught:
         read_job(file)
-    (page,) = re.findall(r"\S+\.md", str(caught.value.hint))
-    assert Path(page.rstrip(".")).read_text().startswith("# ")
+    (page,) = re.findall(r"/.*\.md", str(caught.value.hint))
+    assert Path(page).read_text().startswith("# ")
 
 
 def test_a_log_has_a_line_for_each_run_and_now_and_then_one_between(monkeypatch: pytest.MonkeyPatch) -> None:
