@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from avss_dist.plans.catalog import PRECISION_ESTIMATES, SECOND_ORDER
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.map_plans import MapPrecision, PrecisionPlan
 from avss_dist.plans.precision_files import EXPORTS, map_shapes
-from avss_dist.plans.size import run_size
+from avss_dist.plans.size import checkpoint_name, run_size
 from avss_dist.requests import PrecisionRequest
 from avss_dist.stats.layer_stats import Float64
 from avss_dist.warehouse.checks import settings_of
@@ -192,13 +191,11 @@ def _map_shapes(run: TableRow) -> set[tuple[int, int]]:
     """Return the shapes (outputs, inputs) of the linear maps of a run's model, or none if the model is not found."""
     from avss_dist.models.checkpoint.size import find_layers, load_skeleton
 
-    name = run["model"]
-    if run["revision"] and not os.path.exists(os.path.expanduser(name)):
-        name = f"{name}@{run['revision']}"
     settings = settings_of(run)
     options = Settings(layers=settings.get("layers"), trust_remote_code=settings.get("trust_remote_code", False))
     with suppress(AvssError):
-        model, _ = load_skeleton(find_checkpoint(name, trust_remote_code=options.trust_remote_code), options)
+        checkpoint = find_checkpoint(checkpoint_name(run), trust_remote_code=options.trust_remote_code)
+        model, _ = load_skeleton(checkpoint, options)
         return map_shapes(find_layers(model, options))
     return set()
 

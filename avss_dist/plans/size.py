@@ -32,10 +32,7 @@ def run_size(run: TableRow) -> Footprint:
 
     settings = settings_of(run)
     options = {name: settings[name] for name in ("dequantize", "layers", "trust_remote_code") if settings.get(name)}
-    model = run["model"]
-    if not _is_local(model):
-        model += f"@{run['revision']}"
-    return footprint(model, Settings(dtype=run["dtype"] or "auto", **options))
+    return footprint(checkpoint_name(run), Settings(dtype=run["dtype"] or "auto", **options))
 
 
 def local_run_size(run: TableRow) -> Footprint | None:
@@ -46,6 +43,18 @@ def local_run_size(run: TableRow) -> Footprint | None:
         return run_size(run)
     except AvssError:
         return None
+
+
+def checkpoint_name(run: TableRow) -> str:
+    """Return the name under which a run's checkpoint is opened: a path of this machine, or a hub id at its revision.
+
+    Args:
+        run: a row of ``runs``.
+    """
+    model = str(run["model"])
+    if not run["revision"] or _is_local(model):
+        return model
+    return f"{model}@{run['revision']}"
 
 
 def _is_local(model: str) -> bool:

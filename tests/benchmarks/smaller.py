@@ -148,7 +148,7 @@ def read_rows(options: argparse.Namespace) -> dict[str, torch.Tensor]:
 
 
 @torch.inference_mode()
-def losses(checkpoint: str | Path, texts: Mapping[str, torch.Tensor], dtype: str = "float32") -> dict[str, Losses]:
+def losses(checkpoint: str | Path, texts: Mapping[str, torch.Tensor], dtype: str) -> dict[str, Losses]:
     """Return the mean loss of each row of each text in nats, float64[rows].
 
     Args:

@@ -58,8 +58,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         *nightly(("AVSS query --schema >&-", 1, CLOSED)),
         *nightly(("AVSS query --schema >&- 2>&- <&-", 1, ""), ("AVSS show -w '' >&- 2>&-", 2, "")),
         *nightly(("AVSS --help >/dev/full", 1, FULL), ("AVSS show -w '' 2>/dev/full", 2, "")),
-        *nightly(("AVSS show -w $'a\\xffb'", 2, NOT_UTF8)),
-        *nightly(("AVSS show -w w --run absent >out; code=$?; [ -s out ] || exit $code", 2, UNKNOWN)),
+        *nightly(
+            ("AVSS show -w $'a\\xffb'", 2, NOT_UTF8),
+            ("AVSS show -w w --run absent >out; code=$?; [ -s out ] || exit $code", 2, UNKNOWN),
+        ),
         ("AVSS query -w w 'FROM scores, range(9999)' --format csv | head -1 >out; exit ${PIPESTATUS[0]}", 0, ""),
         *nightly(
             ("AVSS --help | true; exit ${PIPESTATUS[0]}", 0, ""),

@@ -28,7 +28,6 @@ from support.json_files import write_json_lines
 from support.quantized import block_fp8
 from support.tables import run_rows, table_rows
 from support.texts import sentences
-from support.tiers import nightly
 from tasks.test_truthfulqa import QUESTIONS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -388,9 +387,7 @@ def test_where_no_layer_can_go_nothing_is_written(warehouse: Path, deep: Path, t
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(
-    ("by", "repaired"), [("avss", False), *nightly(("damage", True), ("loss", True), ("last", True))]
-)
+@pytest.mark.parametrize(("by", "repaired"), [("avss", False), ("damage", True), ("loss", True), ("last", True)])
 def test_layers_are_chosen_by_a_score_and_repaired_if_others_stand_before_them(
     by: str, repaired: bool, warehouse: Path, deep: Path, tmp_path: Path
 ) -> None:

@@ -51,9 +51,14 @@ class Launches:
 @pytest.mark.parametrize(
     ("backend", "dtype", "pairing"),
     [
-        *(("cuda", torch.bfloat16, None), ("cuda", torch.bfloat16, PAIRED)),
-        *nightly(("torch", torch.float32, None), ("torch", torch.float32, PAIRED)),
-        *nightly(("torch", torch.bfloat16, None), ("cuda", torch.float32, None)),
+        ("cuda", torch.bfloat16, None),
+        ("cuda", torch.bfloat16, PAIRED),
+        *nightly(
+            ("torch", torch.float32, None),
+            ("torch", torch.float32, PAIRED),
+            ("torch", torch.bfloat16, None),
+            ("cuda", torch.float32, None),
+        ),
     ],
     ids=lambda value: "paired" if value is PAIRED else str(value),
 )
