@@ -9,15 +9,13 @@ from avss_dist.core.suggestions import command_line, option_words
 from avss_dist.core.values import TableRow
 from avss_dist.plans.criteria import LEAVE_ONE_OUT
 from avss_dist.stats.catalog import SCORES
-from avss_dist.warehouse.checks import settings_of
+from avss_dist.warehouse.checks import checkpoint_name, settings_of
 from avss_dist.warehouse.reader import Warehouse
 
 _OF_MODEL = ("dtype", "layers", "attention", "device", "trust_remote_code", "dequantize")
 _REPEATED = (*TEXT_OPTIONS, "batch_size", *_OF_MODEL)
 _OF_STATISTICS = ("skip_first_tokens", "allow_pickle")
 """Options that avss score alone has."""
-HUB_COMMIT_LENGTH = 40
-"""Length of the hash of a commit of the hub. Revisions of folders have another length."""
 
 
 def describe_headless(run: TableRow) -> str:
@@ -36,14 +34,11 @@ def repeated_command(verb: str, store: Warehouse, run: TableRow, measures: Mappi
     Args:
         measures: what to measure, as values of options by field.
     """
-    model = run["model"]
-    if len(run["revision"] or "") == HUB_COMMIT_LENGTH:
-        model += f"@{run['revision']}"
     repeated = repeated_options(run)
     if verb == "score":
         repeated |= _set_options(run, _OF_STATISTICS)
     options = option_words(repeated | dict(measures or {}))
-    return command_line(verb, model, "--corpus", run["corpus"], "--warehouse", store.root, *options)
+    return command_line(verb, checkpoint_name(run), "--corpus", run["corpus"], "--warehouse", store.root, *options)
 
 
 def repeated_options(run: TableRow, request: object = None) -> dict[str, object]:

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 
-from avss_dist.analysis.next_commands import HUB_COMMIT_LENGTH
 from avss_dist.core.errors import AvssError, RunFailed
 from avss_dist.core.fingerprint import fingerprint
 from avss_dist.core.intervention import (
@@ -38,6 +37,7 @@ from avss_dist.runs.local import Executor, open_executor
 from avss_dist.runs.threads import Submissions
 from avss_dist.tasks.results import Result, combine
 from avss_dist.tasks.task import Cell, CellOutcome, CellResult, MetricRow
+from avss_dist.warehouse.checks import checkpoint_name
 from avss_dist.warehouse.schema import RunIdentity
 from avss_dist.warehouse.store import Store
 
@@ -394,15 +394,11 @@ def checkpoint_of_run(run: TableRow, *, trust_remote_code: bool) -> Checkpoint:
     Raises:
         PlanError: the checkpoint has changed since it was scored.
     """
-    model = str(run["model"])
     revision = run["revision"] or ""
-    name = model
-    if len(revision) == HUB_COMMIT_LENGTH:
-        name = f"{model}@{revision}"
-    checkpoint = resolve(name, trust_remote_code=trust_remote_code)
+    checkpoint = resolve(checkpoint_name(run), trust_remote_code=trust_remote_code)
     if checkpoint.revision != revision:
         raise PlanError(
-            f"{run['run_id']} is of {model} at {revision[:12]}; it is at {checkpoint.revision[:12]} now.",
+            f"{run['run_id']} is of {run['model']} at {revision[:12]}; it is at {checkpoint.revision[:12]} now.",
             "Score it again.",
         )
     return checkpoint

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from avss_dist.core.values import TableRow
+from avss_dist.warehouse.checks import checkpoint_name
 
 if TYPE_CHECKING:
     from avss_dist.models.checkpoint.locate import Checkpoint
@@ -21,4 +22,5 @@ def configured_checkpoint(run: TableRow) -> Checkpoint:
     """
     from avss_dist.models.checkpoint.locate import fetch_files, locate
 
-    return locate(run["model"]) or fetch_files(f"{run['model']}@{run['revision']}", ["config.json"])
+    name = checkpoint_name(run)
+    return locate(name) or fetch_files(name, ["config.json"])

@@ -24,10 +24,10 @@ from avss_dist.plans.catalog import PRECISION_ESTIMATES, SECOND_ORDER
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.map_plans import MapPrecision, PrecisionPlan
 from avss_dist.plans.precision_files import EXPORTS, map_shapes
-from avss_dist.plans.size import checkpoint_name, run_size
+from avss_dist.plans.size import run_size
 from avss_dist.requests import PrecisionRequest
 from avss_dist.stats.layer_stats import Float64
-from avss_dist.warehouse.checks import settings_of
+from avss_dist.warehouse.checks import checkpoint_name, settings_of
 from avss_dist.warehouse.names import MEASURED_ONLY
 from avss_dist.warehouse.reader import Warehouse
 

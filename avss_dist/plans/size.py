@@ -13,7 +13,7 @@ from avss_dist.core.text import describe_bytes, describe_count
 from avss_dist.core.values import TableRow
 from avss_dist.plans.choice import PlanError
 from avss_dist.plans.plan import Plan
-from avss_dist.warehouse.checks import settings_of
+from avss_dist.warehouse.checks import checkpoint_name, settings_of
 
 if TYPE_CHECKING:
     from avss_dist.models.checkpoint.size import Footprint
@@ -37,29 +37,12 @@ def run_size(run: TableRow) -> Footprint:
 
 def local_run_size(run: TableRow) -> Footprint | None:
     """Return `run_size` for a checkpoint on this machine, or None if it is elsewhere or cannot be read."""
-    if not _is_local(run["model"]):
+    if not os.path.exists(os.path.expanduser(run["model"])):
         return None
     try:
         return run_size(run)
     except AvssError:
         return None
-
-
-def checkpoint_name(run: TableRow) -> str:
-    """Return the name under which a run's checkpoint is opened: a path of this machine, or a hub id at its revision.
-
-    Args:
-        run: a row of ``runs``.
-    """
-    model = str(run["model"])
-    if not run["revision"] or _is_local(model):
-        return model
-    return f"{model}@{run['revision']}"
-
-
-def _is_local(model: str) -> bool:
-    """Whether a model's name is a file or folder of this machine."""
-    return os.path.exists(os.path.expanduser(model))
 
 
 def count_for_memory(size: Footprint, memory: float) -> int:

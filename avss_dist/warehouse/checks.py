@@ -19,6 +19,8 @@ from avss_dist.warehouse.encoding import conform
 from avss_dist.warehouse.schema import SCHEMAS, SCORE_AGAIN, TABLES, Column
 
 _HEADLESS = re.compile(r"(?<!LMHead)(?<!DoubleHeads)(Model|Encoder)$")
+_COMMIT_LENGTH = 40
+"""Length of the hash of a commit of the hub. The hash of a local checkpoint is longer."""
 RUN_COLUMNS = ["run_id", "status", "model", "num_layers", "num_tokens", "created_at", "settings"]
 """Columns of ``runs`` that are checked whenever a warehouse is read."""
 
@@ -119,6 +121,14 @@ def settings_of(run: TableRow) -> NewObject:
     if settings is None:
         raise WarehouseError(f"The settings of run '{run['run_id']}' are damaged.", SCORE_AGAIN)
     return dict(settings)
+
+
+def checkpoint_name(run: TableRow) -> str:
+    """Return the name under which the checkpoint of a row of ``runs`` is opened: a path, or a hub id at its commit."""
+    name = str(run["model"])
+    if len(run["revision"] or "") == _COMMIT_LENGTH:
+        return f"{name}@{run['revision']}"
+    return name
 
 
 @lru_cache(maxsize=10_000)

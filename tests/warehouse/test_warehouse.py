@@ -29,6 +29,7 @@ from support.warehouses import rewrite_file, write_shard
 from avss_dist.core.errors import StorageFull, WarehouseError
 from avss_dist.core.sites import SITES
 from avss_dist.stats.layer_stats import HISTOGRAM_BINS, LayerKey, LayerStats, ShardResult, merge_stats
+from avss_dist.warehouse.checks import checkpoint_name
 from avss_dist.warehouse.encoding import encode_shard
 from avss_dist.warehouse.reader import Warehouse
 from avss_dist.warehouse.schema import SCHEMA_VERSION, SCHEMAS, TABLES, RunIdentity
@@ -708,3 +709,22 @@ def test_a_damaged_cell_is_left_out_and_noted(store: Store, tmp_path: Path) -> N
     assert "samples" in str(store.reader.damaged[OTHER.run_id])
     store.cells.write(OTHER, IDS[0], [cell_row(samples=[float("nan")])])
     assert store.cells.read(OTHER.run_id).num_rows == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "name"),
+    [
+        ("org/tiny", "c" * 40, f"org/tiny@{'c' * 40}"),
+        ("run/checkpoint-5", "a" * 64, "run/checkpoint-5"),
+        ("org/tiny", None, "org/tiny"),
+    ],
+)
+def test_checkpoint_of_a_run_is_opened_at_its_commit(
+    model: str, revision: str | None, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hash of a folder is no commit, whether the folder is still there or not; that of the hub is one."""
+    monkeypatch.chdir(tmp_path)
+    row = {"model": model, "revision": revision}
+    assert checkpoint_name(row) == name
+    Path(model).mkdir(parents=True)
+    assert checkpoint_name(row) == name
