@@ -122,8 +122,9 @@ def test_the_same_numbers_are_made_twice_and_a_changed_one_is_found(tmp_path: Pa
 
 
 @pytest.mark.nightly
-def test_trainings_of_several_seeds_are_saved_at_powers_of_two(run: Run, tmp_path: Path) -> None:
-    sizes = "--seeds 1 2 --steps 9 --layers 2 --width 32 --vocabulary 300 --rows 2 --length 32"
+@pytest.mark.parametrize("experts", [0, 4])
+def test_trainings_of_several_seeds_are_saved_at_powers_of_two(run: Run, tmp_path: Path, experts: int) -> None:
+    sizes = f"--seeds 1 2 --steps 9 --layers 4 --width 32 --vocabulary 300 --rows 2 --length 32 --experts {experts}"
     run("benchmarks/training.py", tmp_path, *sizes.split())
     saved = sorted(str(path.parent.relative_to(tmp_path)) for path in tmp_path.glob("*/*/model.safetensors"))
     assert saved == [f"run-seed{seed}/checkpoint-{step}" for seed in (1, 2) for step in (1, 2, 4, 8)]

@@ -4,9 +4,10 @@
 
 The last eighth of each text is held out: one half of it is in FOLDER/heldout.txt, the other in FOLDER/test.txt. The
 tokenizer, a byte-level BPE, is made of the text that is trained on. A seed decides the initial weights and which rows a
-step reads. All else is the same: a Llama, AdamW whose learning rate rises over the first steps and falls to a tenth
-along a cosine, rows at random places. The checkpoints are FOLDER/run-seed1/checkpoint-1, checkpoint-2, checkpoint-4 and
-so on. FOLDER/run-seed1/losses.csv has the mean loss of the steps since the checkpoint before, and that of test.txt.
+step reads. All else is the same: a Llama or a mixture of experts, AdamW whose learning rate rises over the first steps
+and falls to a tenth along a cosine, rows at random places. The checkpoints are FOLDER/run-seed1/checkpoint-1,
+checkpoint-2, checkpoint-4 and so on. FOLDER/run-seed1/losses.csv has the mean loss of the steps since the checkpoint
+before, and that of test.txt.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ import torch
 from support.checkpoints import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from avss_dist.corpus.sources import documents
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 """Tokens 0, 1 and 2, as in the configuration of `llama`. No text has them."""
 HEAD_SIZE = 32
+EXPERTS_PER_TOKEN = 2
 HELD_OUT = 8  # one of so many parts of each text is held out
 TEST_ROWS = 64  # rows on which checkpoints are evaluated, in equal steps through test.txt
 WARMUP = 100  # steps in which the learning rate rises, at most a tenth of all
@@ -118,19 +120,33 @@ def rows_of(tokens: Tensor, starts: Tensor, length: int) -> Tensor:
 
 
 def new_model(options: argparse.Namespace, seed: int, vocabulary: int) -> Any:
-    """Return a Llama with random weights."""
+    """Return a model with random weights: a Llama, or a Qwen3-MoE whose layers take turns in pairs, dense ones last."""
     heads = options.width // HEAD_SIZE
-    return llama(
-        seed,
-        vocab_size=vocabulary,
-        hidden_size=options.width,
-        intermediate_size=3 * options.width,
-        num_hidden_layers=options.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=options.length,
-        tie_word_embeddings=True,
+    sizes = {
+        "vocab_size": vocabulary,
+        "hidden_size": options.width,
+        "intermediate_size": 3 * options.width,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": options.length,
+        "tie_word_embeddings": True,
+    }
+    if not options.experts:
+        return llama(seed, **sizes)
+    torch.manual_seed(seed)
+    config = Qwen3MoeConfig(
+        **sizes,
+        head_dim=HEAD_SIZE,
+        num_experts=options.experts,
+        num_experts_per_tok=EXPERTS_PER_TOKEN,
+        moe_intermediate_size=3 * options.width // EXPERTS_PER_TOKEN,
+        mlp_only_layers=[layer for layer in range(options.layers) if layer % 4 >= 2],
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
+    return Qwen3MoeForCausalLM(config)
 
 
 def rate_at(step: int, steps: int) -> float:
@@ -217,6 +233,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=1024)
+    parser.add_argument("--experts", type=int, default=0, help="experts of each second pair of layers; 0 for a Llama")
     parser.add_argument("--rows", type=int, default=4, help="rows that a step reads")
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--rate", type=float, default=2e-3, help="the highest learning rate")
