@@ -62,7 +62,11 @@ def test_every_script_is_run_by_a_test() -> None:
     ("script", "options", "printed"),
     [
         ("benchmarks/changes.py", "--series 4 --units 8 16", r"neighbours alike +16 units .*refused"),
-        ("benchmarks/many_checkpoints.py", "--checkpoints 2 --rows 2 --tokens 32", r"(?s)ratio to bare.*job +\d"),
+        (
+            "benchmarks/many_checkpoints.py",
+            "--checkpoints 2 --rows 2 --tokens 32 --sequences-per-shard 1 2",
+            r"(?s)ratio to bare.*shards: 2 +\d.*shards: 1 +\d",
+        ),
         ("benchmarks/damage.py", "WIDE builtin:pydoc --sequences 2 --draws 1", "damage"),
         ("benchmarks/repair.py", "WIDE builtin:pydoc --drop 1 --rows 40 --sequence-length 32", "linear_patch"),
         (

@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 taskset -c 0 python tests/benchmarks/many_checkpoints.py --model FOLDER
     python tests/benchmarks/many_checkpoints.py --model FOLDER --before CHECKOUT  # and the job of another checkout
+    python tests/benchmarks/many_checkpoints.py --model FOLDER --sequences-per-shard 1 2 4  # and jobs of fewer shards
 
 Without ``--model``, the checkpoints are tiny. With it, they are copies of the model, whose weights differ by small
 random factors: 16 times the size of its files is taken in the folder for temporary files. Each part is a process of its
-own: the loads and passes, the job, the job of another checkout, and the loads and passes again. A plain load is
+own: the loads and passes, the jobs, the job of another checkout, and the loads and passes again. A plain load is
 `from_pretrained` of transformers. A bare pass runs the backbone, without its head, over the rows of the job in batches
 of 8. The ratios are to the mean of both times, so that a machine whose speed drifts decides less. Processor time
 includes that of the system.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import shutil
@@ -165,6 +167,17 @@ def write_rows(folder: Path, job: Path, rows: int, tokens: int) -> None:
     torch.save(torch.from_numpy(np.concatenate(ids)).to(torch.int64), job.with_name("rows.pt"))
 
 
+def write_job(job: Path, models: list[str], options: Any, sequences_per_shard: int) -> None:
+    """Write a job file that scores checkpoints."""
+    settings = {
+        "max_sequences": options.rows,
+        "sequence_length": options.tokens,
+        "sequences_per_shard": sequences_per_shard,
+        "device": "cpu",
+    }
+    job.write_text(json.dumps({"models": models, "corpora": [CORPUS], "settings": settings}), encoding="utf-8")
+
+
 def ratios(cost: Cost, first: Cost, second: Cost) -> str:
     """Return the columns of a line of the table: processor and wall time over the mean of two others."""
     values = []
@@ -185,19 +198,23 @@ def compare(options: Any, folder: Path) -> None:
             write_tiny(model, number, options.tokens)
         models.append(str(model))
     job = folder / "job.yaml"
-    settings = {"max_sequences": options.rows, "sequence_length": options.tokens, "device": "cpu"}
-    job.write_text(json.dumps({"models": models, "corpora": [CORPUS], "settings": settings}), encoding="utf-8")
+    write_job(job, models, options, options.sequences_per_shard[0])
     write_rows(Path(models[0]), job, options.rows, options.tokens)
 
     first = cost_of("bare", job)
-    after = cost_of("job", job)
+    costs = {}
+    for sequences in options.sequences_per_shard:
+        write_job(job, models, options, sequences)
+        costs[sequences] = cost_of("job", job)
     before = cost_of("job", job, Path(options.before)) if options.before else None
     second = cost_of("bare", job)
     print(f"{options.checkpoints} checkpoints, {options.rows} rows of {options.tokens} tokens; ratio to bare")
     print(f"{'':<10}{'whole: cpu':>12}{'wall':>12}{'ckpts: cpu':>12}{'wall':>12}")
     if before is not None:
         print(f"{'before':<10}{ratios(before, first, second)}")
-    print(f"{'job':<10}{ratios(after, first, second)}")
+    for sequences, cost in costs.items():
+        shards = math.ceil(options.rows / sequences)
+        print(f"{f'shards: {shards}':<10}{ratios(cost, first, second)}")
     print(f"{'bare, 2nd':<10}{ratios(second, first, first)}  (of the first)")
 
 
@@ -207,7 +224,8 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=int, default=16)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--before", help="folder of another checkout, whose job is measured, too")
+    parser.add_argument("--sequences-per-shard", type=int, nargs="+", default=[1], help="one job for each number")
+    parser.add_argument("--before", help="folder of another checkout, whose job of the last number is measured, too")
     parser.add_argument("--part", choices=("bare", "job"), help=argparse.SUPPRESS)
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
