@@ -8,13 +8,13 @@ from avss_dist.analysis.experts import require_experts
 from avss_dist.analysis.findings import expert_findings
 from avss_dist.core.errors import ModelError
 from avss_dist.core.values import NewObject, TableRow
-from avss_dist.planning.checkpoints import configured_checkpoint
 from avss_dist.planning.criteria import read_layers
 from avss_dist.planning.evaluated import evaluated_lines
 from avss_dist.plans.choice import choose_experts
 from avss_dist.plans.plan import Plan
 from avss_dist.plans.run_layers import plan_removal
 from avss_dist.stats.catalog import RANDOM
+from avss_dist.warehouse.checks import checkpoint_name
 from avss_dist.warehouse.reader import Warehouse
 
 
@@ -56,10 +56,10 @@ def plan_experts(warehouse: Warehouse, run: TableRow, by: str, share: float, see
 
 def _routing_groups(run: TableRow) -> int:
     """Return the number of groups that routers divide experts into, or 1 if the configuration gives none."""
-    from avss_dist.models.checkpoint.locate import read_config
+    from avss_dist.models.checkpoint.locate import find_checkpoint, read_config
 
     try:
-        checkpoint = configured_checkpoint(run)
+        checkpoint = find_checkpoint(checkpoint_name(run))
         config = read_config(checkpoint.folder, checkpoint.name)
     except ModelError:
         return 1

@@ -8,8 +8,8 @@ from avss_dist.core.errors import ModelError
 from avss_dist.core.values import TableRow
 from avss_dist.models.checkpoint.layer_kinds import Rule, rules_of
 from avss_dist.models.checkpoint.layer_settings import may_go_by_place
-from avss_dist.planning.checkpoints import configured_checkpoint
 from avss_dist.plans.pattern import Pattern
+from avss_dist.warehouse.checks import checkpoint_name
 
 
 def rules_of_run(run: TableRow) -> list[Rule]:
@@ -18,10 +18,10 @@ def rules_of_run(run: TableRow) -> list[Rule]:
     Args:
         run: a row of ``runs``.
     """
-    from avss_dist.models.checkpoint.locate import read_config
+    from avss_dist.models.checkpoint.locate import find_checkpoint, read_config
 
     try:
-        checkpoint = configured_checkpoint(run)
+        checkpoint = find_checkpoint(checkpoint_name(run))
         if checkpoint.gguf or not may_go_by_place(read_config(checkpoint.folder, checkpoint.name)):
             return []
         # transformers takes seconds to import, and most models have layers of one kind.

@@ -37,7 +37,7 @@ def run_size(run: TableRow) -> Footprint:
 
 def local_run_size(run: TableRow) -> Footprint | None:
     """Return `run_size` for a checkpoint on this machine, or None if it is elsewhere or cannot be read."""
-    if not os.path.exists(os.path.expanduser(run["model"])):
+    if not os.path.exists(os.path.expanduser(checkpoint_name(run))):
         return None
     try:
         return run_size(run)

@@ -123,9 +123,10 @@ def do_part(part: str, job: Path) -> None:
     print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu]))
 
 
-def cost_of(part: str, job: Path, checkout: Path = REPOSITORY) -> Cost:
+def cost_of(part: str, job: Path, checkout: Path = REPOSITORY, *, sequences_per_shard: int = 1) -> Cost:
     """Return the cost of a part in a process of its own, with a warehouse and a cache of its own."""
     plan = json.loads(job.read_text(encoding="utf-8"))
+    plan["settings"]["sequences_per_shard"] = sequences_per_shard
     with tempfile.TemporaryDirectory(dir=job.parent) as folder:
         copy = Path(folder, "job.yaml")
         copy.write_text(json.dumps(plan | {"warehouse": f"{folder}/w"}), encoding="utf-8")
@@ -167,17 +168,6 @@ def write_rows(folder: Path, job: Path, rows: int, tokens: int) -> None:
     torch.save(torch.from_numpy(np.concatenate(ids)).to(torch.int64), job.with_name("rows.pt"))
 
 
-def write_job(job: Path, models: list[str], options: Any, sequences_per_shard: int) -> None:
-    """Write a job file that scores checkpoints."""
-    settings = {
-        "max_sequences": options.rows,
-        "sequence_length": options.tokens,
-        "sequences_per_shard": sequences_per_shard,
-        "device": "cpu",
-    }
-    job.write_text(json.dumps({"models": models, "corpora": [CORPUS], "settings": settings}), encoding="utf-8")
-
-
 def ratios(cost: Cost, first: Cost, second: Cost) -> str:
     """Return the columns of a line of the table: processor and wall time over the mean of two others."""
     values = []
@@ -198,15 +188,17 @@ def compare(options: Any, folder: Path) -> None:
             write_tiny(model, number, options.tokens)
         models.append(str(model))
     job = folder / "job.yaml"
-    write_job(job, models, options, options.sequences_per_shard[0])
+    settings = {"max_sequences": options.rows, "sequence_length": options.tokens, "device": "cpu"}
+    job.write_text(json.dumps({"models": models, "corpora": [CORPUS], "settings": settings}), encoding="utf-8")
     write_rows(Path(models[0]), job, options.rows, options.tokens)
 
     first = cost_of("bare", job)
     costs = {}
     for sequences in options.sequences_per_shard:
-        write_job(job, models, options, sequences)
-        costs[sequences] = cost_of("job", job)
-    before = cost_of("job", job, Path(options.before)) if options.before else None
+        costs[sequences] = cost_of("job", job, sequences_per_shard=sequences)
+    before = None
+    if options.before:
+        before = cost_of("job", job, Path(options.before), sequences_per_shard=options.sequences_per_shard[0])
     second = cost_of("bare", job)
     print(f"{options.checkpoints} checkpoints, {options.rows} rows of {options.tokens} tokens; ratio to bare")
     print(f"{'':<10}{'whole: cpu':>12}{'wall':>12}{'ckpts: cpu':>12}{'wall':>12}")
@@ -225,7 +217,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--sequences-per-shard", type=int, nargs="+", default=[1], help="one job for each number")
-    parser.add_argument("--before", help="folder of another checkout, whose job of the last number is measured, too")
+    parser.add_argument("--before", help="folder of another checkout, whose job of the first number is measured, too")
     parser.add_argument("--part", choices=("bare", "job"), help=argparse.SUPPRESS)
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -47,7 +47,7 @@ from avss_dist.plans.criteria import (
 )
 from avss_dist.plans.plan import Plan, read_plan
 from avss_dist.plans.run_layers import RunLayers, plan_choice
-from avss_dist.plans.size import count_for_memory, describe_savings
+from avss_dist.plans.size import count_for_memory, describe_savings, local_run_size
 from avss_dist.pruning.checkpoint import prune
 from avss_dist.stats.catalog import BLOCK_DISTANCE, GREEDY, LAST, RANDOM, SCORES
 from avss_dist.warehouse.reader import Warehouse
@@ -669,3 +669,12 @@ def test_more_than_are_not_protected_are_refused(options: dict[str, Any], layers
 def test_layers_at_both_ends_are_protected(first: int, last: int, layers: int, expected: range) -> None:
     choice = Choice(by="avss", first=first, last=last)
     assert choice.unprotected(layers) == expected
+
+
+def test_size_of_a_run_of_the_hub_is_not_that_of_a_folder_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("org/tiny").mkdir(parents=True)
+    monkeypatch.setattr("avss_dist.plans.size.run_size", pytest.fail)  # It would ask the hub.
+    assert local_run_size({"model": "org/tiny", "revision": "c" * 40}) is None
