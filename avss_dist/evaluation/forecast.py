@@ -20,7 +20,6 @@ from avss_dist.evaluation.events import MemoryNeeded, OnEvent
 from avss_dist.evaluation.memory import estimate_memory
 from avss_dist.evaluation.pace import PastSpeed
 from avss_dist.evaluation.placed import PlacedModel
-from avss_dist.evaluation.repairs import FitRepair
 from avss_dist.evaluation.session import EvaluationSession
 from avss_dist.models.checkpoint.loading import text_config
 from avss_dist.partition.execution import Execution
@@ -33,8 +32,6 @@ from avss_dist.tasks.text_loss import ContinuePrompt, LeaveOneOut
 
 BACKWARD = 2
 """Forward passes that take as long as a backward pass."""
-PASSES_OF_FIT = 2
-"""Passes of a fit over its text: one of the whole model, and one for the cuts, of which each runs a part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,30 +127,17 @@ def forecast_step(
         missing = [cell for cell in missing if not session.is_known(cell)]
     num_layers = getattr(text_config(model.checkpoint).get_text_config(), "num_hidden_layers", None) or 1
     work = _total_work(missing, num_layers, model.settings)
-    passes = None
-    tokens = None
-    if work is not None:
-        passes = work.passes
-        tokens = work.tokens
-    seconds = None
-    reference = ""
-    if speed is not None and work is not None:
-        replicas = session.executor.replicas(model.placement)
-        seconds = work.computed_tokens / speed.tokens_per_second / replicas
-        reference = speed.reference
-    return ForecastStep(
-        step=step,
-        evaluations=len(distinct),
-        stored=len(distinct) - len(missing),
-        passes=passes,
-        tokens=tokens,
-        seconds=seconds,
-        reference=reference,
-    )
+    stored_cells = len(distinct) - len(missing)
+    if work is None:
+        return ForecastStep(step=step, evaluations=len(distinct), stored=stored_cells)
+    forecast = forecast_work(step, work, speed)
+    if forecast.seconds is not None:
+        forecast = replace(forecast, seconds=forecast.seconds / session.executor.replicas(model.placement))
+    return replace(forecast, evaluations=len(distinct), stored=stored_cells)
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """Forward passes of a batch.
 
     Attributes:
@@ -165,30 +149,36 @@ class _Work:
     tokens: int
     computed_tokens: float
 
+    def __add__(self, other: Work) -> Work:
+        """Return both together."""
+        return Work(
+            self.passes + other.passes, self.tokens + other.tokens, self.computed_tokens + other.computed_tokens
+        )
 
-def _total_work(cells: Iterable[Cell], num_layers: int, settings: Settings) -> _Work | None:
+    def times(self, number: int) -> Work:
+        """Return the work of doing this so many times."""
+        return Work(number * self.passes, number * self.tokens, number * self.computed_tokens)
+
+
+def _total_work(cells: Iterable[Cell], num_layers: int, settings: Settings) -> Work | None:
     """Return the work of cells together. None if that of one is not known."""
-    passes = 0
-    tokens = 0
-    computed_tokens = 0.0
+    total = Work(0, 0, 0.0)
     for cell in cells:
         work = _work(cell.measure, num_layers, settings)
         if work is None:
             return None
-        passes += work.passes
-        tokens += work.tokens
-        computed_tokens += work.computed_tokens
-    return _Work(passes, tokens, computed_tokens)
+        total += work
+    return total
 
 
-def _work(measure: Measure, num_layers: int, settings: Settings) -> _Work | None:
+def _work(measure: Measure, num_layers: int, settings: Settings) -> Work | None:
     """Return the work of a measure, or None for one whose text is not known before it is read in a worker."""
     if isinstance(measure, ContinuePrompt):
         tokens = len(measure.prompt) + measure.tokens
-        return _Work(measure.tokens, tokens, tokens)
+        return Work(measure.tokens, tokens, tokens)
     if isinstance(measure, WriteTexts):  # Each text is taken to fill a row.
         tokens = measure.count * settings.sequence_length
-        return _Work(settings.sequence_length, tokens, tokens)
+        return Work(settings.sequence_length, tokens, tokens)
     shards = _shards(measure)
     if not shards:
         return None
@@ -199,16 +189,11 @@ def _work(measure: Measure, num_layers: int, settings: Settings) -> _Work | None
         computed_times = 1 + (times - 1) / 2
     batches = sum(-(-shard.num_sequences // settings.batch_size) for shard in shards)
     tokens = sum(shard.num_tokens for shard in shards)
-    return _Work(times * batches, times * tokens, computed_times * tokens)
+    return Work(times * batches, times * tokens, computed_times * tokens)
 
 
 def _shards(measure: Measure) -> list[Shard]:
     """Return the text that a measure reads. Empty if it is not known."""
-    if isinstance(measure, FitRepair):
-        shards: list[Shard] = []
-        for text in measure.texts:
-            shards += text.shards
-        return shards
     shard = getattr(measure, "shard", None)
     if shard is not None:
         return [shard]
@@ -230,19 +215,20 @@ def _passes_over_text(measure: Measure, num_layers: int) -> int:
         return 1 + num_layers
     if isinstance(measure, BackwardMeasure):
         return 1 + BACKWARD * (1 + measure.draws)
-    if isinstance(measure, FitRepair):
-        return PASSES_OF_FIT
     return 1
 
 
-def forecast_passes(step: str, passes: int, tokens: int, speed: PastSpeed | None) -> ForecastStep:
-    """Return a step of work that is not in cells, such as training, all of which is missing."""
+def forecast_work(step: str, work: Work, speed: PastSpeed | None) -> ForecastStep:
+    """Return a step of missing work, as one evaluation by one model.
+
+    Args:
+        speed: see `past_speed`.
+    """
+    forecast = ForecastStep(step=step, evaluations=1, passes=work.passes, tokens=work.tokens)
     if speed is None:
-        return ForecastStep(step=step, evaluations=1, passes=passes, tokens=tokens)
-    seconds = tokens / speed.tokens_per_second
-    return ForecastStep(
-        step=step, evaluations=1, passes=passes, tokens=tokens, seconds=seconds, reference=speed.reference
-    )
+        return forecast
+    seconds = work.computed_tokens / speed.tokens_per_second
+    return replace(forecast, seconds=seconds, reference=speed.reference)
 
 
 def repeated(step: ForecastStep, name: str, times: int) -> ForecastStep:

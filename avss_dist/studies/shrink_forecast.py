@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from avss_dist.core.intervention import NO_INTERVENTION
@@ -12,12 +13,12 @@ from avss_dist.distillation.texts import rows_drawn_of_teacher
 from avss_dist.evaluation.continuations import held_out_prompts, plan_continuations
 from avss_dist.evaluation.forecast import (
     BACKWARD,
-    PASSES_OF_FIT,
     Forecast,
     ForecastStep,
+    Work,
     forecast_memory,
-    forecast_passes,
     forecast_step,
+    forecast_work,
     forecasting,
     repeated,
 )
@@ -26,8 +27,11 @@ from avss_dist.evaluation.pace import PastSpeed, past_speed, writing_speed
 from avss_dist.evaluation.placed import PlacedModel
 from avss_dist.evaluation.planned_tasks import plan_text
 from avss_dist.evaluation.session import EvaluationSession
-from avss_dist.models.checkpoint.size import footprint
-from avss_dist.pruning.repair.registry import NO_REPAIR, names_own_text, split_weight
+from avss_dist.models.checkpoint.size import Footprint, footprint
+from avss_dist.models.structure.head import FLOAT32_BYTES
+from avss_dist.plans.choice import PlanError
+from avss_dist.pruning.repair.costs import fit_operations
+from avss_dist.pruning.repair.registry import NO_REPAIR, names_own_text, searched_repair, split_weight
 from avss_dist.requests import ShrinkRequest
 from avss_dist.runs.job_file import RunSpec
 from avss_dist.runs.planner import Planner
@@ -50,6 +54,8 @@ from avss_dist.studies.shrink_trial import (
 )
 from avss_dist.tasks.task import Cell
 
+PASSES_OF_FIT = 2
+"""Passes of a fit over its text: one of the whole model, and one for the cuts, of which each runs a part."""
 TRAINING_PASSES = 2 + BACKWARD
 """Forward passes of a training step: of the teacher, of the student, and as many as its backward pass takes."""
 
@@ -66,13 +72,14 @@ def forecast_shrinking(request: ShrinkRequest) -> Forecast:
     notes = ["Which layers go is known after the scores: what is stored without layers is not looked up."]
     request = replace(request, warehouse=request.warehouse or f"{request.output}-warehouse")
     split = split_rows(checkpoint, request.texts, request.settings, distilled=request.distill_tokens is not None)
-    num_layers = footprint(checkpoint, request.settings).num_layers
+    size = footprint(checkpoint, request.settings)
     with forecasting(str(request.warehouse), request.settings, request.execution, None) as session:
         model = session.place(checkpoint, request.settings)
         request, remarks = with_writable_texts(request, model)
         notes += remarks
         if request.repair != NO_REPAIR:
             require_tokens(checkpoint, request, split)
+            notes.append("Of the layers, half are taken to be removed at one place, as fits take longest there.")
         speed = past_speed(session, model)
         options = scoring_options(request, session, split)
         steps = [_scoring(request, session, split, speed)]
@@ -85,13 +92,13 @@ def forecast_shrinking(request: ShrinkRequest) -> Forecast:
                 cells += of_task
         steps += _writing(request, session, model, split)
         if request.by == GREEDY:
-            steps.append(_search(request, model, split, num_layers, speed))
-        steps += _candidates(request, session, model, split, num_layers, speed)
+            steps.append(_search(request, model, split, size, speed))
+        steps += _candidates(request, session, model, split, size, speed)
         memory = forecast_memory(session, model, cells)
     if request.distill_tokens is not None:
         tokens = int(TRAINING_PASSES * request.distill_tokens)
         passes = math.ceil(tokens / (request.batch_size * request.sequence_length))
-        steps.append(forecast_passes("distillation", passes, tokens, speed))
+        steps.append(forecast_work("distillation", Work(passes, tokens, tokens), speed))
     if request.speed:
         notes.append("Speed is measured at the end, which is not part of the time.")
     return Forecast(steps=steps, memory=memory, notes=notes)
@@ -113,7 +120,7 @@ def _scoring(
     missing_share = 1 - kept / len(corpus.shards)
     tokens = round(missing_share * corpus.num_tokens)
     passes = round(missing_share * corpus.num_batches(settings.batch_size))
-    step = forecast_passes("scores", passes, tokens, speed)
+    step = forecast_work("scores", Work(passes, tokens, tokens), speed)
     return replace(step, evaluations=len(corpus.shards), stored=kept)
 
 
@@ -153,8 +160,23 @@ def _num_dropped(request: ShrinkRequest, num_layers: int) -> int:
     return count_lowest(num_layers, request.share or LOWEST_SHARE)
 
 
-def _fitted(request: ShrinkRequest, model: PlacedModel, skipped: int, rows: int) -> tuple[int, int]:
-    """Return the passes and the tokens of one fit of a repair."""
+def _fit(
+    request: ShrinkRequest,
+    model: PlacedModel,
+    size: Footprint,
+    repair: str,
+    lenders: Sequence[int],
+    *,
+    skipped: int,
+    rows: int,
+) -> Work:
+    """Return the work of one fit of a repair.
+
+    Args:
+        size: size of the model.
+        lenders: number of removed layers of each cut.
+        skipped, rows: rows of each text that are skipped, and those that are read after them.
+    """
     reading = replace(model.settings, max_sequences=rows, skip_sequences=skipped)
     texts = [plan_text(model.checkpoint, text, reading) for text in request.repair_texts]
     passes = sum(text.num_batches(model.settings.batch_size) for text in texts)
@@ -163,26 +185,38 @@ def _fitted(request: ShrinkRequest, model: PlacedModel, skipped: int, rows: int)
         own_rows = rows_of_own_text(texts, rows)
         passes += math.ceil(own_rows / model.settings.batch_size)
         tokens += own_rows * model.settings.sequence_length
-    return PASSES_OF_FIT * passes, PASSES_OF_FIT * tokens
+    operations = 0.0
+    with suppress(PlanError):  # The layers are not known before a pass.
+        operations = fit_operations(model.checkpoint, repair, model.settings, lenders, tokens)
+    # Fits compute in float32 and float64: half as fast as passes in 16 bits, about.
+    slowdown = FLOAT32_BYTES / size.element_bytes
+    operations_of_token = size.forward_flops(1, request.sequence_length) / request.sequence_length
+    computed_tokens = PASSES_OF_FIT * tokens + slowdown * operations / operations_of_token
+    return Work(PASSES_OF_FIT * passes, PASSES_OF_FIT * tokens, computed_tokens)
+
+
+def _typical_cuts(dropped: int) -> list[int]:
+    """Return the number of removed layers of each cut: half of the layers side by side, and each other one alone."""
+    together = math.ceil(dropped / 2)
+    return [together] + [1] * (dropped - together)
 
 
 def _search(
-    request: ShrinkRequest, model: PlacedModel, split: TextSplit, num_layers: int, speed: PastSpeed | None
+    request: ShrinkRequest, model: PlacedModel, split: TextSplit, size: Footprint, speed: PastSpeed | None
 ) -> ForecastStep:
     """Return the step of a greedy search: of the 2k layers with least damage, each set that it tries.
 
     A set is fitted to as many rows as its loss is measured on.
     """
-    dropped = _num_dropped(request, num_layers)
+    dropped = _num_dropped(request, size.num_layers)
     sets = dropped * (3 * dropped + 1) // 2
     text = plan_text(model.checkpoint, request.corpus, replace(model.settings, max_sequences=split.scored))
-    passes = text.num_batches(model.settings.batch_size)
-    tokens = text.num_tokens
+    work = Work(text.num_batches(model.settings.batch_size), text.num_tokens, text.num_tokens)
     if request.repair != NO_REPAIR:
-        fit_passes, fit_tokens = _fitted(request, model, split.held_out, split.scored)
-        passes += fit_passes
-        tokens += fit_tokens
-    step = forecast_passes(f"greedy search, {sets:,} sets at most", sets * passes, sets * tokens, speed)
+        repair = searched_repair(request.repair)
+        cuts = _typical_cuts(dropped)
+        work += _fit(request, model, size, repair, cuts, skipped=split.held_out, rows=split.scored)
+    step = forecast_work(f"greedy search, {sets:,} sets at most", work.times(sets), speed)
     return replace(step, evaluations=sets)
 
 
@@ -191,20 +225,23 @@ def _candidates(
     session: EvaluationSession,
     model: PlacedModel,
     split: TextSplit,
-    num_layers: int,
+    size: Footprint,
     speed: PastSpeed | None,
 ) -> Sequence[ForecastStep]:
     """Return the steps that repair, evaluate and continue prompts by the whole and the smaller models."""
     plans = 1
+    dropped = _num_dropped(request, size.num_layers)
     if request.keep:
-        plans = math.ceil(math.log2(_num_dropped(request, num_layers) + 1))
+        plans = math.ceil(math.log2(dropped + 1))
     kinds = 1
     if request.repair != NO_REPAIR:
         kinds = 2
     steps = []
     if request.repair != NO_REPAIR:
-        passes, tokens = _fitted(request, model, split.held_out, split.rows - split.held_out)
-        fits = forecast_passes(f"repair {request.repair}", plans * passes, plans * tokens, speed)
+        cuts = _typical_cuts(dropped)
+        rows = split.rows - split.held_out
+        work = _fit(request, model, size, request.repair, cuts, skipped=split.held_out, rows=rows)
+        fits = forecast_work(f"repair {request.repair}", work.times(plans), speed)
         steps.append(replace(fits, evaluations=plans))
     for name, task in held_out_tasks(model, request, split).items():
         cells = task.cells()

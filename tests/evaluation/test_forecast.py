@@ -161,6 +161,18 @@ def test_a_greedy_search_is_forecast_by_its_sets(tiny_llama: Path, tmp_path: Pat
     assert "greedy search, 2 sets at most" in [step.step for step in forecast_shrinking(request).steps]
 
 
+def test_the_time_of_a_fit_is_more_than_that_of_its_passes(tiny_llama: Path, tmp_path: Path) -> None:
+    score(tiny_llama, corpus=TEXT, warehouse=tmp_path / "w", **READ)
+    options = {**SHRINK, "max_sequences": 64, "share": 0.34}
+    seconds = {}
+    for repair in ("none", "refit", "borrow"):
+        of_repair = {**options, "repair": repair, "warehouse": str(tmp_path / "w"), "repair_corpora": [TEXT]}
+        forecast = forecast_shrinking(ShrinkRequest(str(tiny_llama), output=str(tmp_path / "out"), **of_repair))
+        seconds[repair] = {step.step: step.seconds / step.tokens for step in forecast.steps if step.seconds}
+    of_pass = seconds["none"][f"{TASK}, without layers"]
+    assert of_pass < seconds["refit"]["repair refit"] < seconds["borrow"]["repair borrow"]
+
+
 def test_a_training_step_takes_four_passes(tiny_llama: Path, tmp_path: Path) -> None:
     options = {"teacher": str(tiny_llama), "output": str(tmp_path / "out"), "tokens": 640, "sequence_length": 16}
     request = DistillRequest(str(tiny_llama), self_texts=3, device="cpu", **options)

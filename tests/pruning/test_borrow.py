@@ -36,6 +36,7 @@ from avss_dist.pruning.repair.neuron_choice import (
     choose_neurons,
     fit_columns,
     largest_errors,
+    number_of_pieces,
     removal_errors,
     restricted,
     spare_columns,
@@ -177,6 +178,11 @@ def test_more_neurons_than_fit_into_memory_are_compared_in_pieces() -> None:
     assert spare_columns(1536, 576) >= 5 * 1536
     assert spare_columns(4864, 896) == 4864
     assert spare_columns(28672, 8192) == 14336
+
+
+@pytest.mark.parametrize(("pool", "pieces"), [(0, 1), (40, 1), (41, 2), (60, 2), (61, 3), (5 * 48, 11)])
+def test_each_piece_but_the_first_has_half_of_its_neurons_from_the_last(pool: int, pieces: int) -> None:
+    assert number_of_pieces(pool, spare=40) == pieces
 
 
 # What is written
@@ -502,6 +508,7 @@ def test_neurons_that_do_not_fit_at_once_are_compared_in_pieces(
     monkeypatch.setattr(HiddenStateSource, "visit", counted)
     done = prune(str(folder), plan, tmp_path / "less", repair=repair_of())
     assert pieces == [40, 40, 40, 36]
+    assert number_of_pieces(2 * 48, 40) == len(pieces)
     (cut,) = done["repair"].cuts
     assert cut.borrowed > 0
     refit = prune(str(folder), plan, tmp_path / "refit", repair=repair_of("refit"))["repair"].cuts[0]

@@ -17,6 +17,7 @@ from avss_dist.pruning.repair.fitter import CutFit, RepairFitter
 from avss_dist.pruning.repair.neuron_choice import (
     NeuronFit,
     choose_neurons,
+    kept_of_piece,
     largest_errors,
     removal_errors,
     spare_columns,
@@ -185,7 +186,7 @@ class BorrowFitter(RepairFitter):
             (matrix,) = sums.matrices
             start = self._start(projection, len(piece), matrix.fitted.gram.device)
             errors = removal_errors(matrix.fitted, matrix.held_back, start)
-            best = piece[largest_errors(errors[number : number + len(piece)], spare // 2).cpu()]
+            best = piece[largest_errors(errors[number : number + len(piece)], kept_of_piece(spare)).cpu()]
 
     def _fold_neurons(
         self,

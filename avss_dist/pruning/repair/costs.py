@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -88,10 +89,7 @@ def repair_cost(checkpoint: Checkpoint, repair: str, settings: Settings) -> Repa
         ModelError: the checkpoint cannot be read, or its model cannot be built.
     """
     model, _ = load_skeleton(checkpoint, settings)
-    lists = candidate_layers(model, settings.layers)
-    if len(lists) != 1:
-        raise PlanError(f"'{checkpoint.name}' has several lists of layers: {', '.join(lists)}.", "Set `layers`.")
-    ((_, layers),) = lists.items()
+    layers = _only_layers(checkpoint, model, settings)
     method = REPAIRS[repair]
     lenders = len(layers) - 1
     tokens = []
@@ -102,6 +100,45 @@ def repair_cost(checkpoint: Checkpoint, repair: str, settings: Settings) -> Repa
         if products.num_bytes > largest.num_bytes:
             largest = products
     return RepairCost(repair=repair, tokens=min(tokens), num_bytes=largest.num_bytes, why=str(largest))
+
+
+def fit_operations(
+    checkpoint: Checkpoint, repair: str, settings: Settings, lenders: Sequence[int], tokens: int
+) -> float:
+    """Return the floating-point operations of a fit beside its passes, about, as the number in float32.
+
+    Every cut is taken to be after the largest layer.
+
+    Args:
+        lenders: number of removed layers of each cut.
+        tokens: tokens of the text.
+
+    Raises: as `repair_cost`.
+    """
+    model, _ = load_skeleton(checkpoint, settings)
+    layers = _only_layers(checkpoint, model, settings)
+    changed = _changed_weights(checkpoint, model, layers).values()
+    largest = max(changed, key=lambda weight: weight.inputs)
+    operations = 0.0
+    for number in lenders:
+        products = products_of(
+            REPAIRS[repair], largest.inputs, largest.outputs, experts=largest.experts, lenders=number
+        )
+        operations += products.operations(largest.chances * tokens)
+    return operations
+
+
+def _only_layers(checkpoint: Checkpoint, model: PreTrainedModel, settings: Settings) -> nn.ModuleList:
+    """Return the list of layers of a model.
+
+    Raises:
+        PlanError: it has several, so that only a pass over tokens can tell which modules are the layers.
+    """
+    lists = candidate_layers(model, settings.layers)
+    if len(lists) != 1:
+        raise PlanError(f"'{checkpoint.name}' has several lists of layers: {', '.join(lists)}.", "Set `layers`.")
+    (layers,) = lists.values()
+    return layers
 
 
 def _changed_weights(checkpoint: Checkpoint, model: PreTrainedModel, layers: nn.ModuleList) -> dict[int, ChangedWeight]:

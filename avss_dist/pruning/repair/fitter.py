@@ -17,9 +17,7 @@ from avss_dist.plans.choice import PlanError
 from avss_dist.pruning.repair.cuts import RepairCut
 from avss_dist.pruning.repair.fits import NormalEquations, RidgeFit, fit_ridge, fit_steps, fold
 from avss_dist.pruning.repair.hidden_states import HiddenStateSource
-from avss_dist.pruning.repair.neuron_choice import (
-    spare_columns,
-)
+from avss_dist.pruning.repair.neuron_choice import number_of_pieces, spare_columns
 from avss_dist.pruning.repair.neurons import NeuronBank
 from avss_dist.pruning.repair.projection import OutputProjection
 from avss_dist.pruning.repair.registry import REPAIRS, RepairedCut, RepairMethod
@@ -31,6 +29,10 @@ PLAIN_HINT = (
     "Repair the checkpoint that it was quantized from, and quantize the result; or save it again with transformers' "
     "save_pretrained, if it is not quantized."
 )
+FACTORIZATIONS = 8
+"""Cholesky factorizations of a fit, about: with a few ridges, and for the choice of neurons. An inverse takes two."""
+FLOAT64_OPERATIONS = 4
+"""Operations in float32 that take the time of one in float64 in a factorization, about."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,13 @@ class Products:
         fits: number of matrices that are fitted.
         features: features of each.
         outputs: outputs of each.
+        pieces: number of times that they are added up, each with other features.
     """
 
     fits: int
     features: int
     outputs: int
+    pieces: int = 1
 
     def __str__(self) -> str:
         """Return their shape in words."""
@@ -77,6 +81,16 @@ class Products:
     def num_bytes(self) -> int:
         """Memory at the peak of a fit."""
         return NormalEquations.peak_bytes(self.features, self.outputs, self.fits)
+
+    def operations(self, tokens: float) -> float:
+        """Return the floating-point operations of the fits beside passes, about, as the number in float32.
+
+        Args:
+            tokens: tokens that reach each matrix.
+        """
+        adding = 2 * tokens * self.features**2
+        solving = FLOAT64_OPERATIONS * FACTORIZATIONS * self.features**3 / 3
+        return self.pieces * self.fits * (adding + solving)
 
 
 def products_of(method: RepairMethod, inputs: int, outputs: int, *, experts: int, lenders: int) -> Products:
@@ -91,10 +105,11 @@ def products_of(method: RepairMethod, inputs: int, outputs: int, *, experts: int
         return Products(1, outputs, outputs)
     if experts:
         return Products(experts, inputs, outputs)
-    features = inputs
-    if method.borrows:
-        features += min(lenders * inputs, spare_columns(inputs, outputs))
-    return Products(1, features, outputs)
+    if not method.borrows:
+        return Products(1, inputs, outputs)
+    pool = lenders * inputs
+    spare = spare_columns(inputs, outputs)
+    return Products(1, inputs + min(pool, spare), outputs, number_of_pieces(pool, spare))
 
 
 def _alternative(repairs: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 
@@ -70,6 +71,23 @@ def spare_columns(neurons: int, outputs: int) -> int:
     while NormalEquations.peak_bytes(most + minimum, outputs) <= PRODUCT_BYTES:
         most += minimum
     return most - neurons
+
+
+def number_of_pieces(pool: int, spare: int) -> int:
+    """Return the number of pieces in which the neurons of a pool are compared.
+
+    Each piece but the first also holds the best neurons of the one before it, which are `kept_of_piece`.
+
+    Args:
+        pool: neurons that could be borrowed.
+        spare: neurons of a piece, at most, see `spare_columns`.
+    """
+    return 1 + ceil(max(0, pool - spare) / (spare - kept_of_piece(spare)))
+
+
+def kept_of_piece(spare: int) -> int:
+    """Return the number of neurons of a piece that are compared with the next one."""
+    return spare // 2
 
 
 def restricted(sums: NormalEquations, columns: torch.Tensor, start: torch.Tensor) -> NormalEquations:
