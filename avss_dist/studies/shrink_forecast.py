@@ -79,7 +79,7 @@ def forecast_shrinking(request: ShrinkRequest) -> Forecast:
         notes += remarks
         if request.repair != NO_REPAIR:
             require_tokens(checkpoint, request, split)
-            notes.append("Of the layers, half are taken to be removed at one place, as fits take longest there.")
+            notes.append("The time of a repair assumes that half of the removed layers are neighbours.")
         speed = past_speed(session, model)
         options = scoring_options(request, session, split)
         steps = [_scoring(request, session, split, speed)]
@@ -160,21 +160,11 @@ def _num_dropped(request: ShrinkRequest, num_layers: int) -> int:
     return count_lowest(num_layers, request.share or LOWEST_SHARE)
 
 
-def _fit(
-    request: ShrinkRequest,
-    model: PlacedModel,
-    size: Footprint,
-    repair: str,
-    lenders: Sequence[int],
-    *,
-    skipped: int,
-    rows: int,
-) -> Work:
+def _fit(request: ShrinkRequest, model: PlacedModel, size: Footprint, repair: str, *, skipped: int, rows: int) -> Work:
     """Return the work of one fit of a repair.
 
     Args:
         size: size of the model.
-        lenders: number of removed layers of each cut.
         skipped, rows: rows of each text that are skipped, and those that are read after them.
     """
     reading = replace(model.settings, max_sequences=rows, skip_sequences=skipped)
@@ -185,14 +175,26 @@ def _fit(
         own_rows = rows_of_own_text(texts, rows)
         passes += math.ceil(own_rows / model.settings.batch_size)
         tokens += own_rows * model.settings.sequence_length
+    read_tokens = PASSES_OF_FIT * tokens
+    solving = _tokens_of_solution(request, model, size, repair, tokens)
+    return Work(PASSES_OF_FIT * passes, read_tokens, read_tokens + solving)
+
+
+def _tokens_of_solution(request: ShrinkRequest, model: PlacedModel, size: Footprint, repair: str, tokens: int) -> float:
+    """Return the number of tokens that whole passes would read in the time in which a fit is solved.
+
+    Args:
+        size: size of the model.
+        tokens: tokens that the repair is fitted to.
+    """
+    cuts = _typical_cuts(_num_dropped(request, size.num_layers))
     operations = 0.0
     with suppress(PlanError):  # The layers are not known before a pass.
-        operations = fit_operations(model.checkpoint, repair, model.settings, lenders, tokens)
+        operations = fit_operations(model.checkpoint, repair, model.settings, cuts, tokens)
     # Fits compute in float32 and float64: half as fast as passes in 16 bits, about.
     slowdown = FLOAT32_BYTES / size.element_bytes
     operations_of_token = size.forward_flops(1, request.sequence_length) / request.sequence_length
-    computed_tokens = PASSES_OF_FIT * tokens + slowdown * operations / operations_of_token
-    return Work(PASSES_OF_FIT * passes, PASSES_OF_FIT * tokens, computed_tokens)
+    return slowdown * operations / operations_of_token
 
 
 def _typical_cuts(dropped: int) -> list[int]:
@@ -214,8 +216,7 @@ def _search(
     work = Work(text.num_batches(model.settings.batch_size), text.num_tokens, text.num_tokens)
     if request.repair != NO_REPAIR:
         repair = searched_repair(request.repair)
-        cuts = _typical_cuts(dropped)
-        work += _fit(request, model, size, repair, cuts, skipped=split.held_out, rows=split.scored)
+        work += _fit(request, model, size, repair, skipped=split.held_out, rows=split.scored)
     step = forecast_work(f"greedy search, {sets:,} sets at most", work.times(sets), speed)
     return replace(step, evaluations=sets)
 
@@ -230,17 +231,15 @@ def _candidates(
 ) -> Sequence[ForecastStep]:
     """Return the steps that repair, evaluate and continue prompts by the whole and the smaller models."""
     plans = 1
-    dropped = _num_dropped(request, size.num_layers)
     if request.keep:
-        plans = math.ceil(math.log2(dropped + 1))
+        plans = math.ceil(math.log2(_num_dropped(request, size.num_layers) + 1))
     kinds = 1
     if request.repair != NO_REPAIR:
         kinds = 2
     steps = []
     if request.repair != NO_REPAIR:
-        cuts = _typical_cuts(dropped)
         rows = split.rows - split.held_out
-        work = _fit(request, model, size, request.repair, cuts, skipped=split.held_out, rows=rows)
+        work = _fit(request, model, size, request.repair, skipped=split.held_out, rows=rows)
         fits = forecast_work(f"repair {request.repair}", work.times(plans), speed)
         steps.append(replace(fits, evaluations=plans))
     for name, task in held_out_tasks(model, request, split).items():
