@@ -27,7 +27,9 @@ PYTHONPATH="tests${PYTHONPATH:+:$PYTHONPATH}" "$VENV/bin/python" -c "from suppor
 cores="$("$VENV/bin/python" -c 'import os; print(len(os.sched_getaffinity(0)))')"
 processes=$((cores < 7 ? cores + 1 : 8)) # one more than cores: some tests wait for other processes
 status=0
-"$VENV/bin/python" -m pytest --numprocesses "$processes" --dist loadgroup --no-loadscope-reorder --durations=25 "$@" || status=$?
+# A process that a signal ends is not replaced: pytest-xdist's scheduler would then wait forever for the last tests.
+"$VENV/bin/python" -m pytest --numprocesses "$processes" --max-worker-restart 0 --dist loadgroup --no-loadscope-reorder \
+  --durations=25 "$@" || status=$?
 wait "$types" || status=1
 cat "$said"
 [[ " $* " != *" --nightly "* ]] || "$VENV/bin/python" tests/support/density.py avss_dist

@@ -45,6 +45,16 @@ def job_file(folder: Path, models: str, more: str = "") -> Path:
     return file
 
 
+def replace_weights(checkpoint: Path, other: Path) -> None:
+    """Give a checkpoint the weights of another one, in a new file: the process may have the old one in its memory.
+
+    A file that is cut to nothing and filled again would end the process by a signal if it was read in between.
+    """
+    new = checkpoint / "model.safetensors.new"
+    shutil.copyfile(other / "model.safetensors", new)
+    new.replace(checkpoint / "model.safetensors")
+
+
 def statuses(folder: Path) -> list[str]:
     return sorted(row["status"] for row in run_rows(folder / "w"))
 
@@ -141,7 +151,7 @@ def test_a_step_that_is_written_again_is_another_run(checkpoints: list[Path], tm
 
     def write_again(event: RunEvent) -> None:
         if isinstance(event, RunEnded):
-            shutil.copyfile(checkpoints[1] / "model.safetensors", tmp_path / "step-1" / "model.safetensors")
+            replace_weights(tmp_path / "step-1", checkpoints[1])
 
     runs = avss_dist.run(job_file(tmp_path, f"'{tmp_path}/step-*'"), **OPTIONS, until=2, on_event=write_again)
     assert len({run.run_id for run in runs}) == 2
@@ -166,7 +176,7 @@ def written_again(checkpoints: list[Path], tmp_path: Path) -> Run:
 
     def write_again(event: RunEvent) -> None:
         if isinstance(event, RunStarted):
-            shutil.copyfile(checkpoints[1] / "model.safetensors", tmp_path / "step-1" / "model.safetensors")
+            replace_weights(tmp_path / "step-1", checkpoints[1])
 
     (run,) = avss_dist.run(job_file(tmp_path, str(tmp_path / "step-1")), on_event=write_again)
     return run
