@@ -135,7 +135,7 @@ def distill(
     train: Literal['all', 'lora'] = 'all',
     lora_rank: int = 16,
     learning_rate: float | None = None,
-    warmup: int = 20,
+    warmup: int | None = None,
     batch_size: int = 4,
     evaluations: int = 8,
     seed: int = 0,

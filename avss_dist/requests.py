@@ -535,8 +535,8 @@ class DistillRequest(ModelOptions, TextOptions, ClusterOptions, WorkRequest):
     """Rank of the LoRA adapter."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Highest learning rate; by default in proportion to the size of the weights."""
-    warmup: Annotated[Count, RARE] = 20
-    """Steps in which the learning rate rises; then it falls to a tenth, along a cosine."""
+    warmup: Annotated[Count | None, RARE] = None
+    """Steps in which the learning rate rises, by default a tenth of all and at most 20; then it falls to zero."""
     batch_size: Positive = 4
     """Rows in a training step."""
     evaluations: Annotated[Positive, RARE] = 8

@@ -76,7 +76,7 @@ REMOVED: dict[str, str] = {
     "distill --replicas": "leave it out, the teacher runs beside the student.",
     "distill --warehouse": "leave it out, the teacher runs beside the student.",
     "distill --hidden-loss": "leave it out, the divergence is the loss.",
-    "distill --patience": "leave it out, three evaluations without a lower divergence end a training.",
+    "distill --patience": "leave it out, the checkpoint with the lowest divergence is written.",
     "distill --teacher-top": "leave it out, the teacher runs beside the student.",
     "distill --text-loss": "leave it out, the divergence is the loss.",
 }

@@ -16,11 +16,9 @@ from avss_dist.core.values import JsonObject
 
 # Reasons why a training ended.
 COMPLETE = "complete"
-NO_IMPROVEMENT = "no improvement"
 DIVERGED = "diverged"
 SAME_PREDICTIONS = 1e-6  # nats per token: a smaller divergence is rounding
 DIVERGENCE_FACTOR = 2.0  # of the held-out loss before training: beyond it, training has diverged
-PATIENCE = 3  # evaluations in a row without a lower held-out loss, which end a training
 
 # Names of metrics in a trainer's history. All but the first are followed by the label of a text.
 LOSS = "eval_loss"
@@ -44,13 +42,15 @@ class Schedule:
         steps: number of optimizer steps.
         step_tokens: tokens of a step.
         evaluations: number of evaluations after the start.
-        learning_rate: of the optimizer.
+        learning_rate: highest learning rate of the optimizer.
+        warmup: number of steps in which the learning rate rises. Then it falls to zero, along a line.
     """
 
     steps: int
     step_tokens: int
     evaluations: int
     learning_rate: float
+    warmup: int
 
 
 @checked
@@ -204,11 +204,6 @@ def ending(history: History, steps: int) -> str | None:
     has_stayed_close = points[-1].loss <= DIVERGENCE_FACTOR * points[0].loss  # which NaN has not
     if not has_stayed_close:
         return DIVERGED
-    lowest = best(points)
-    if lowest is not None:
-        later = [point for point in points if point.step > lowest.step]
-        if len(later) >= PATIENCE:
-            return NO_IMPROVEMENT
     if points[-1].step >= steps:
         return COMPLETE
     return None

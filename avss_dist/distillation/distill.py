@@ -82,6 +82,7 @@ OPTIONS_OF_RESULT = (
     "seed",
 )
 """Options of a request that change its result, apart from the models, the texts and the ranks."""
+MOST_WARMUP = 20  # steps in which the learning rate rises, unless the request says how many
 _REQUEST = "request.json"
 UNWRITTEN = ("File too large", "iostream error", "failed writing", "I/O error")  # of torch and safetensors
 LEAST_FREE_BYTES = 64 << 20  # with less free space, a failed write is taken to be for lack of it
@@ -434,11 +435,16 @@ def _trained(
 def schedule_of(request: DistillRequest, models: ModelPair) -> Schedule:
     """Return the length and the course of a training."""
     step_tokens = request.batch_size * models.settings.sequence_length
+    steps = max(1, math.ceil(request.tokens / step_tokens))
+    warmup = request.warmup
+    if warmup is None:
+        warmup = min(MOST_WARMUP, steps // 10)
     return Schedule(
-        steps=max(1, math.ceil(request.tokens / step_tokens)),
+        steps=steps,
         step_tokens=step_tokens,
         evaluations=request.evaluations,
         learning_rate=request.learning_rate or default_learning_rate(models.student, request.train),
+        warmup=min(warmup, steps - 1),
     )
 
 
@@ -528,7 +534,7 @@ def _record(
         train=request.train,
         lora_rank=lora_rank,
         learning_rate=schedule.learning_rate,
-        warmup=request.warmup,
+        warmup=schedule.warmup,
         batch_size=request.batch_size,
         tokens=request.tokens,
         steps=steps,

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from avss_dist.requests import DistillRequest
 
 ALL, LORA = TRAINED
-STEP_SIZES = {ALL: 1e-3, LORA: 5e-3}
+STEP_SIZES = {ALL: 1.5e-3, LORA: 5e-3}
 """Default learning rate by what is trained, divided by the size of the student's weights."""
 LEAST_WEIGHT = 1e-3  # size of weights, of which the learning rate is a share: Adafactor's epsilon_2
 _VALUES_READ = 1 << 18  # of each matrix, in whole rows, to tell the size of its weights

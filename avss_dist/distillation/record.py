@@ -17,7 +17,7 @@ from avss_dist.core.text import describe_rows, escape_markdown
 from avss_dist.core.validation import Count, Positive, RedactedText, checked
 from avss_dist.core.values import TableRow
 from avss_dist.corpus.seen import DISTILLATION, SELF, SeenText
-from avss_dist.distillation.curve import NO_IMPROVEMENT, CurvePoint, Number
+from avss_dist.distillation.curve import CurvePoint, Number
 from avss_dist.models.checkpoint.locate import Checkpoint
 from avss_dist.plans.seen import read_seen
 from avss_dist.pruning.repair.registry import read_repairs
@@ -147,8 +147,8 @@ class DistillRecord:
         skipped = self.settings.skip_sequences
         trained = ", ".join(text.describe_trained(skipped) for text in self.texts if text.trained_rows)
         length = f"{self.after.tokens:,} tokens"
-        if self.ended == NO_IMPROVEMENT:
-            length += " and stopped early, as held-out loss no longer fell"
+        if self.after.tokens < self.tokens:
+            length += f" of {self.tokens:,.0f}, after which held-out loss was lowest"
         lines = [
             f"Distilled from {self.teacher}: {length}, weights trained: {self.train}, "
             f"on {trained}; evaluate on other rows or text."

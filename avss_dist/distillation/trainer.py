@@ -74,10 +74,12 @@ OPTIMIZER: Mapping[str, object] = {
     "adam_beta2": 0.98,
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
-    "lr_scheduler_type": "cosine_with_min_lr",
-    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+    "lr_scheduler_type": "linear",
 }
-"""Arguments of the Trainer that are the same for every distillation: those of the optimizer and its schedule."""
+"""Arguments of the Trainer that are the same for every distillation: those of the optimizer and its schedule.
+
+The learning rate falls to zero along a line (Bergsma et al. 2025, arXiv 2502.15938).
+"""
 UNATTENDED: Mapping[str, object] = {
     "train_sampling_strategy": "sequential",
     "remove_unused_columns": False,
@@ -100,7 +102,7 @@ def arguments(
     """
     options: dict[str, Any] = {**OPTIMIZER, **UNATTENDED}
     options["learning_rate"] = schedule.learning_rate
-    options["warmup_steps"] = min(request.warmup, schedule.steps - 1)
+    options["warmup_steps"] = schedule.warmup
     options["max_steps"] = schedule.steps
     options["per_device_train_batch_size"] = request.batch_size
     options["seed"] = request.seed

@@ -488,11 +488,11 @@ def plan_without_the_third(model: str) -> avss_dist.Plan:
 
 
 def distillation(goldens: Goldens, folder: Path) -> None:
-    """Distill a pruned model in eight steps."""
+    """Distill a pruned model in 32 steps."""
     teacher = goldens.model("llama-wide")
     student = folder / "student"
     avss_dist.prune(teacher, plan_without_the_third(teacher), student)
-    options = {"tokens": 8 * 4 * 32, "sequence_length": 32, "batch_size": 4, "max_sequences": 64, "held_out": 4}
+    options = {"tokens": 32 * 4 * 32, "sequence_length": 32, "batch_size": 4, "max_sequences": 64, "held_out": 4}
     options |= {"self_texts": 0, "learning_rate": 3e-4, "warmup": 2, "evaluations": 2, **CPU}
     for train in ("all", "lora"):
         out = folder / train

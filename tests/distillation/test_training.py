@@ -14,7 +14,6 @@ from avss_dist.distillation import loss
 from avss_dist.distillation.curve import (
     COMPLETE,
     DIVERGED,
-    NO_IMPROVEMENT,
     CurvePoint,
     best,
     ending,
@@ -35,8 +34,8 @@ def history(*losses: float) -> list[dict[str, Any]]:
     [
         ((1.0, 0.9, 0.8), None),
         ((1.0, 0.9, 0.8, 0.7, 0.6), COMPLETE),
-        ((1.0, 0.8, 0.9, 0.85, 0.8), NO_IMPROVEMENT),
         ((1.0, 0.8, 0.9, 0.85), None),
+        ((1.0, 0.8, 0.9, 0.85, 0.9), COMPLETE),
         ((1.0, 1.2, 1.1, 1.0, 0.9), COMPLETE),
         ((1.0, 0.8, 2.1), DIVERGED),
         ((1.0, float("nan")), DIVERGED),
