@@ -136,7 +136,7 @@ def distill(
     lora_rank: int = 16,
     learning_rate: float | None = None,
     warmup: int | None = None,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     evaluations: int = 8,
     seed: int = 0,
     ranks: int = 1,

@@ -26,7 +26,7 @@ from avss_dist.partition.execution import Execution
 from avss_dist.partition.replica import replica_class
 from avss_dist.pruning.repair.costs import RepairCost, repair_cost
 from avss_dist.pruning.repair.registry import NO_REPAIR
-from avss_dist.requests import TRAINED, DistillRequest, EstimateRequest, require_divisible
+from avss_dist.requests import TRAINED, DistillRequest, EstimateRequest
 from avss_dist.runs.events import OnRunEvent, RunReading, describe_repeated
 from avss_dist.runs.job_file import JobFile, RunSpec
 from avss_dist.runs.past_speed import finished_rows, replica_speed, run_of_shape
@@ -66,15 +66,13 @@ def distillation_rows(
     """Yield the memory of each way to distill a model that is possible here.
 
     Args:
-        settings: of the request, with the kind of device.
+        settings: of the request, with the kind of device. ``batch_size`` is the rows of a training step on each rank.
 
     Raises:
-        ConfigError: the rows of a training step cannot be divided among the ranks.
         ModelError: a model cannot be read or built.
     """
     teacher = find_checkpoint(str(request.teacher), trust_remote_code=settings.trust_remote_code)
     ranks = request.ranks or max(2, devices.count)
-    require_divisible(settings.batch_size, ranks)
     teacher_dtype = "bfloat16" if computes_in_bfloat16(request.settings, settings.device) else "float32"
     pair = DistilledPair(student=student, teacher=teacher, settings=settings, teacher_dtype=teacher_dtype)
     for train in TRAINED:
@@ -90,7 +88,7 @@ class DistilledPair:
     """Student and teacher of a distillation whose memory is estimated.
 
     Attributes:
-        settings: settings of a training step over all ranks.
+        settings: settings of a training step on each rank.
         teacher_dtype: precision in which the teacher computes. The student's weights are in float32.
     """
 
@@ -102,12 +100,11 @@ class DistilledPair:
 
 def _distillation_row(pair: DistilledPair, devices: Devices, *, train: str, sharding: str, ranks: int) -> DistillRow:
     """Return the memory of one way to distill a model."""
-    settings = replace(pair.settings, batch_size=pair.settings.batch_size // ranks)
     memory = estimate_memory(
         pair.student,
         pair.teacher,
-        replace(settings, dtype="float32"),
-        replace(settings, dtype=pair.teacher_dtype),
+        replace(pair.settings, dtype="float32"),
+        replace(pair.settings, dtype=pair.teacher_dtype),
         train=train,
         rank=DistillRequest.lora_rank,
         sharding=sharding or next(iter(SHARDINGS)),

@@ -195,7 +195,7 @@ class EstimateRequest(ModelRequest, BatchOptions, ModelOptions, TextOptions):
     ranks: Positive | None = None
     """Processes of a replica, where a partition has several, and of a distillation; by default as few as have room."""
     teacher: Annotated[PathOrText | None, Option(metavar="MODEL")] = None
-    """Also estimate the memory of distilling MODEL from this model; `batch_size` is then that of a training step."""
+    """Also estimate the memory of distilling MODEL from this model, with `batch_size` rows in a step on each rank."""
     repair: OptionalRepairName = NO_REPAIR
     """Also estimate the text and the memory that the fit of this repair takes."""
     max_memory: Sizes = field(default_factory=dict)
@@ -534,11 +534,11 @@ class DistillRequest(ModelOptions, TextOptions, ClusterOptions, WorkRequest):
     lora_rank: Annotated[Positive, RARE] = 16
     """Rank of the LoRA adapter."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Highest learning rate; by default in proportion to the size of the weights."""
+    """Highest learning rate; by default in proportion to the size of the weights, and to the root of `batch_size`."""
     warmup: Annotated[Count | None, RARE] = None
     """Steps in which the learning rate rises, by default a tenth of all and at most 20; then it falls to zero."""
-    batch_size: Positive = 4
-    """Rows in a training step."""
+    batch_size: Positive | None = None
+    """Rows in a training step; by default one for each rank."""
     evaluations: Annotated[Positive, RARE] = 8
     """Number of evaluations on held-out text during training."""
     seed: Annotated[Count, RARE] = 0
@@ -551,14 +551,19 @@ class DistillRequest(ModelOptions, TextOptions, ClusterOptions, WorkRequest):
     """Experiment tracker to which the Trainer reports; its environment variables name the project."""
 
     def __post_init__(self) -> None:
-        require_divisible(self.batch_size, self.ranks)
+        require_divisible(self.step_rows, self.ranks)
         if self.ranks == 1 and SHARDINGS[self.sharding].moments:
             raise ConfigError(f"`sharding` {self.sharding} divides nothing with one rank.", "Set `ranks` to 2 or more.")
 
     @property
+    def step_rows(self) -> int:
+        """Rows of a training step on all ranks together."""
+        return self.batch_size or self.ranks
+
+    @property
     def rows(self) -> int:
         """Rows of a training step on each rank."""
-        return self.batch_size // self.ranks
+        return self.step_rows // self.ranks
 
 
 @checked

@@ -332,8 +332,18 @@ def _differing(file: Path, values: JsonObject) -> list[str]:
         write_file(file, text)
         return []
     stored = json.loads(file.read_text(encoding="utf-8"))
-    given = json.loads(text)
-    return sorted(name for name in {**stored, **given} if stored.get(name) != given.get(name))
+    return sorted(_differing_names(stored, json.loads(text)))
+
+
+def _differing_names(stored: JsonObject, given: JsonObject) -> Iterator[str]:
+    """Yield the names of the values that differ. Objects are compared value by value."""
+    for name in {**stored, **given}:
+        before = stored.get(name)
+        now = given.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            yield from _differing_names(before, now)
+        elif before != now:
+            yield name
 
 
 @dataclass(frozen=True)
@@ -434,16 +444,19 @@ def _trained(
 
 def schedule_of(request: DistillRequest, models: ModelPair) -> Schedule:
     """Return the length and the course of a training."""
-    step_tokens = request.batch_size * models.settings.sequence_length
+    step_tokens = request.step_rows * models.settings.sequence_length
     steps = max(1, math.ceil(request.tokens / step_tokens))
     warmup = request.warmup
     if warmup is None:
         warmup = min(MOST_WARMUP, steps // 10)
+    learning_rate = request.learning_rate
+    if learning_rate is None:
+        learning_rate = default_learning_rate(models.student, request.train, request.step_rows)
     return Schedule(
         steps=steps,
         step_tokens=step_tokens,
         evaluations=request.evaluations,
-        learning_rate=request.learning_rate or default_learning_rate(models.student, request.train),
+        learning_rate=learning_rate,
         warmup=min(warmup, steps - 1),
     )
 
@@ -535,7 +548,7 @@ def _record(
         lora_rank=lora_rank,
         learning_rate=schedule.learning_rate,
         warmup=schedule.warmup,
-        batch_size=request.batch_size,
+        batch_size=request.step_rows,
         tokens=request.tokens,
         steps=steps,
         ended=ended,

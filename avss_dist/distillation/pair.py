@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from avss_dist.requests import DistillRequest
 
 ALL, LORA = TRAINED
-STEP_SIZES = {ALL: 1.5e-3, LORA: 5e-3}
-"""Default learning rate by what is trained, divided by the size of the student's weights."""
+STEP_SIZES = {ALL: 7.5e-4, LORA: 2.5e-3}
+"""Default learning rate of one row in a step by what is trained, divided by the size of the student's weights."""
 LEAST_WEIGHT = 1e-3  # size of weights, of which the learning rate is a share: Adafactor's epsilon_2
 _VALUES_READ = 1 << 18  # of each matrix, in whole rows, to tell the size of its weights
 _NOT_COPIED = (
@@ -146,16 +146,18 @@ def ancestry(models: ModelPair) -> list[str]:
     ]
 
 
-def default_learning_rate(student: Checkpoint, train: str) -> float:
+def default_learning_rate(student: Checkpoint, train: str, rows: int) -> float:
     """Return a learning rate in proportion to the size of the student's weights, with two significant digits.
 
     A step of Adam changes every weight by about the learning rate, however small the gradient is, and the weights of
     one model may be twelve times as large as another's. Adafactor scales the steps of each tensor by its root mean
     square (Shazeer and Stern 2018, arXiv 1804.04235, section 8). Here, one rate for all follows from the median over
-    the matrices, of the first rows of each as stored.
+    the matrices, of the first rows of each as stored. It grows with the square root of the rows in a step (Malladi et
+    al. 2022, arXiv 2205.10287, section 5).
 
     Args:
         train: one of `requests.TRAINED`.
+        rows: rows in a training step.
     """
     sizes = []
     for file in weight_files(Path(student.folder)):
@@ -165,7 +167,7 @@ def default_learning_rate(student: Checkpoint, train: str) -> float:
             if len(stored.shape) > 1 and stored.size and is_floating:
                 part = read_tensor(_first_rows(stored))
                 sizes.append(part.float().square().mean().sqrt().item())
-    rate = STEP_SIZES[train] * max(median(sizes), LEAST_WEIGHT)
+    rate = STEP_SIZES[train] * max(median(sizes), LEAST_WEIGHT) * math.sqrt(rows)
     return float(f"{rate:.1e}")
 
 

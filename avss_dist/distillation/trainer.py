@@ -104,7 +104,7 @@ def arguments(
     options["learning_rate"] = schedule.learning_rate
     options["warmup_steps"] = schedule.warmup
     options["max_steps"] = schedule.steps
-    options["per_device_train_batch_size"] = request.batch_size
+    options["per_device_train_batch_size"] = request.rows
     options["seed"] = request.seed
     options["bf16"] = models.bfloat16
     options["output_dir"] = str(folder)
@@ -395,7 +395,7 @@ def train(
             texts=texts,
             args=arguments(request, models, schedule, folder, options),
             model=choose_trained(student, request.train, request.lora_rank),
-            train_dataset=Mix(texts, schedule.steps * request.batch_size, request.seed),
+            train_dataset=Mix(texts, schedule.steps * request.step_rows, request.seed),
             callbacks=[ScheduleCallback(schedule, folder, on_event)],
         )
         _guard_trackers(trainer)

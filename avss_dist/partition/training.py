@@ -33,7 +33,7 @@ def trainer_options(
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     info = SHARDINGS[sharding]
-    options: dict[str, object] = {"per_device_train_batch_size": rows}
+    options: dict[str, object] = {}
     if info.zero_stage:
         options["deepspeed"] = _zero_config(info, rows=rows, bfloat16=bfloat16)
         options["bf16"] = False  # weights stay in float32, and autocast is PyTorch's

@@ -57,7 +57,7 @@ def forecast_distillation(request: DistillRequest) -> Forecast:
         ForecastStep(
             step="evaluations on held-out rows",
             evaluations=evaluations,
-            passes=PASSES_OF_EVALUATION * evaluations * -(-held_out // request.batch_size),
+            passes=PASSES_OF_EVALUATION * evaluations * -(-held_out // request.rows),
             tokens=PASSES_OF_EVALUATION * evaluations * held_out * length,
         ),
     ]

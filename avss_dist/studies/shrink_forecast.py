@@ -97,7 +97,7 @@ def forecast_shrinking(request: ShrinkRequest) -> Forecast:
         memory = forecast_memory(session, model, cells)
     if request.distill_tokens is not None:
         tokens = int(TRAINING_PASSES * request.distill_tokens)
-        passes = math.ceil(tokens / (request.batch_size * request.sequence_length))
+        passes = math.ceil(tokens / request.sequence_length)  # a training step has one row
         steps.append(forecast_work("distillation", Work(passes, tokens, tokens), speed))
     if request.speed:
         notes.append("Speed is measured at the end, which is not part of the time.")

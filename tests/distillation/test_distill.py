@@ -34,6 +34,7 @@ from avss_dist.distillation.pair import default_learning_rate, write_distilled
 from avss_dist.distillation.record import read_record, write_card
 from avss_dist.plans.seen import read_seen, write_seen
 from avss_dist.reports.terminal.shrink import distilled_table
+from avss_dist.requests import DistillRequest
 
 Distill = Callable[..., Distilled]
 Observed = tuple[Distilled, list[Any]]
@@ -95,17 +96,18 @@ def changed(before: Path, after: Path | str) -> set[str]:
 
 
 @pytest.mark.nightly
-def test_the_default_learning_rate_is_in_proportion_to_the_weights(
+def test_the_default_learning_rate_is_in_proportion_to_the_weights_and_the_root_of_the_rows(
     distill: Distill, student: Path, tmp_path: Path
 ) -> None:
     matrices = [tensor for tensor in weights_of(student).values() if tensor.ndim > 1]
     sizes = [matrix.square().mean().sqrt().item() for matrix in matrices]
-    rate = default_learning_rate(checkpoint_at(student), "all")
+    rate = default_learning_rate(checkpoint_at(student), "all", 4)
     assert rate == pytest.approx(1.5e-3 * float(np.median(sizes)), rel=0.05)
+    assert default_learning_rate(checkpoint_at(student), "all", 1) == pytest.approx(rate / 2, rel=0.05)
 
     larger = checkpoint_at(changed_copy(student, tmp_path / "larger", lambda _, value: value * 8))
-    assert default_learning_rate(larger, "all") == pytest.approx(8 * rate, rel=0.05)
-    assert default_learning_rate(larger, "lora") == pytest.approx(40 / 1.5 * rate, rel=0.05)
+    assert default_learning_rate(larger, "all", 4) == pytest.approx(8 * rate, rel=0.05)
+    assert default_learning_rate(larger, "lora", 4) == pytest.approx(40 / 1.5 * rate, rel=0.05)
 
     done = distill(learning_rate=None)
     assert done.record.learning_rate == rate
@@ -129,6 +131,13 @@ def test_the_learning_rate_rises_in_a_tenth_of_the_steps_and_falls_to_zero(
     rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
     expected = [*np.linspace(0, 3e-3, 2, endpoint=False), *np.linspace(3e-3, 0, 18, endpoint=False)]
     assert rates == pytest.approx(expected)
+
+
+def test_a_step_has_a_row_for_each_rank_by_default(distill: Distill) -> None:
+    record = distill(batch_size=None, tokens=20 * 32).record
+    assert (record.batch_size, record.steps) == (1, 20)
+    two_ranks = DistillRequest("student", teacher="teacher", output="out", ranks=2)
+    assert (two_ranks.step_rows, two_ranks.rows) == (2, 1)
 
 
 def test_a_student_comes_closer_to_its_teacher(distilled: Observed, student: Path) -> None:

@@ -240,7 +240,7 @@ def test_a_killed_rank_ends_the_training_which_then_goes_on(pair_of: PairOf, tmp
         avss_dist.distill(**options, on_event=kill)
     assert caught.value.exit_code == 1
     wait_until(lambda: set(ray_processes()) <= set(before))
-    with pytest.raises(ConfigError, match="was begun with other values of ranks, settings, sharding"):
+    with pytest.raises(ConfigError, match="was begun with other values of batch_size, ranks, sharding"):
         avss_dist.distill(**options | {"ranks": 1, "sharding": "ddp"})
     resumed: list[Any] = []
     avss_dist.distill(**options, on_event=resumed.append)

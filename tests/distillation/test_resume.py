@@ -39,7 +39,8 @@ MOMENTS: list[Callable[[Path], bool]] = [
     checkpoint_is_complete,
     output_is_being_written,
 ]
-ARGUMENTS = ["--sequence-length", 32, "--tokens", STEPS * 128, "--held-out", 4, "--evaluations", 4, "--warmup", 2]
+ARGUMENTS = ["--sequence-length", 32, "--batch-size", 4, "--tokens", STEPS * 128]
+ARGUMENTS += ["--held-out", 4, "--evaluations", 4, "--warmup", 2]
 ARGUMENTS += ["--device", "cpu", "--learning-rate", "3e-3", "--self-texts", 300, "-q"]
 
 

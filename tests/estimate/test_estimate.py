@@ -357,7 +357,7 @@ def test_each_way_has_a_row(student: Path, tiny_llama: Path) -> None:
     by_eight_ranks = rows_of(student, tiny_llama, devices, ranks=8)
     eight = {row.sharding: row for row in by_eight_ranks if row.train == "all"}
     assert eight["zero3"].device_bytes < eight["zero2"].device_bytes < eight["zero1"].device_bytes
-    assert eight["fsdp"].device_bytes < eight["ddp"].device_bytes < rows["all", "ddp"].device_bytes
+    assert eight["fsdp"].device_bytes < eight["ddp"].device_bytes == rows["all", "ddp"].device_bytes
     assert "exchange" in eight["fsdp"].why
     assert "exchange" not in eight[""].why
 
@@ -376,11 +376,6 @@ def test_a_gpu_has_no_libraries_and_each_rank_needs_one(student: Path, tiny_llam
     on_gpus = rows_of(student, tiny_llama, devices_of("cuda", 2**40, count=2), ranks=4, dtype="float32")
     assert {a.device_bytes - b.device_bytes for a, b in zip(on_cpu, on_gpus, strict=True)} == {LIBRARIES}
     assert [row.fits for row in on_gpus[:3]] == [True, False, False]
-
-
-def test_rows_that_ranks_cannot_divide_are_refused(student: Path, tiny_llama: Path) -> None:
-    with pytest.raises(ConfigError, match="`batch_size` 8 cannot be divided among 3 `ranks`"):
-        rows_of(student, tiny_llama, devices_of("cpu", 2**40), ranks=3)
 
 
 @pytest.mark.nightly

@@ -177,7 +177,7 @@ def test_a_training_step_takes_four_passes(tiny_llama: Path, tmp_path: Path) -> 
     options = {"teacher": str(tiny_llama), "output": str(tmp_path / "out"), "tokens": 640, "sequence_length": 16}
     request = DistillRequest(str(tiny_llama), self_texts=3, device="cpu", **options)
     _, training, _ = forecast_distillation(request).steps
-    assert (training.evaluations, training.passes, training.tokens) == (10, 40, 4 * 640)
+    assert (training.evaluations, training.passes, training.tokens) == (40, 160, 4 * 640)
 
 
 def test_a_distillation_forecasts_the_text_that_its_tokens_take(tiny_llama: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 SMALL: dict[str, Any] = {
     "sequence_length": 32,
+    "batch_size": 4,
     "tokens": 8 * 4 * 32,
     "self_texts": 0,
     "held_out": 4,
