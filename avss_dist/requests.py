@@ -493,15 +493,6 @@ class PruneRequest(ModelRequest, EvaluationOptions):
         return DEFAULT_REPAIR if self.repair_corpora else None
 
 
-def require_divisible(batch_size: int, ranks: int) -> None:
-    """Raise ConfigError unless the rows of a training step can be divided among ranks."""
-    if batch_size % ranks:
-        raise ConfigError(
-            f"`batch_size` {batch_size} cannot be divided among {ranks} `ranks`.",
-            f"Set `batch_size` to a multiple of {ranks}, such as {math.ceil(batch_size / ranks) * ranks}.",
-        )
-
-
 @checked
 class DistillRequest(ModelOptions, TextOptions, ClusterOptions, WorkRequest):
     """Train a smaller model on the predictions of the whole one, and write it; resumes if stopped."""
@@ -551,7 +542,12 @@ class DistillRequest(ModelOptions, TextOptions, ClusterOptions, WorkRequest):
     """Experiment tracker to which the Trainer reports; its environment variables name the project."""
 
     def __post_init__(self) -> None:
-        require_divisible(self.step_rows, self.ranks)
+        if self.step_rows % self.ranks:
+            next_multiple = math.ceil(self.step_rows / self.ranks) * self.ranks
+            raise ConfigError(
+                f"`batch_size` {self.step_rows} cannot be divided among {self.ranks} `ranks`.",
+                f"Set `batch_size` to a multiple of {self.ranks}, such as {next_multiple}.",
+            )
         if self.ranks == 1 and SHARDINGS[self.sharding].moments:
             raise ConfigError(f"`sharding` {self.sharding} divides nothing with one rank.", "Set `ranks` to 2 or more.")
 

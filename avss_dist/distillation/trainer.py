@@ -353,7 +353,6 @@ def _sharding_options(request: DistillRequest, models: ModelPair) -> AbstractCon
     return trainer_options(
         request.sharding,
         models.device.type,
-        rows=request.rows,
         bfloat16=models.bfloat16,
         layers={type(layer).__name__ for layer in layers},
     )

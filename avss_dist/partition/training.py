@@ -15,7 +15,7 @@ BUCKET = 12_500_000  # gradients or weights that DeepSpeed exchanges at once: 50
 
 @contextmanager
 def trainer_options(
-    sharding: str, kind: str, *, rows: int, bfloat16: bool, layers: Iterable[str]
+    sharding: str, kind: str, *, bfloat16: bool, layers: Iterable[str]
 ) -> Iterator[Mapping[str, object]]:
     """Yield the arguments of the Trainer for a sharding. Inside the context, Accelerate is configured for it.
 
@@ -25,7 +25,6 @@ def trainer_options(
     Args:
         sharding: a name of `partition.catalog.SHARDINGS`.
         kind: ``cpu`` or ``cuda``.
-        rows: rows of a training step on each rank.
         layers: names of the classes of the model's layers, which are the units of FSDP.
     """
     from accelerate import DistributedType, PartialState
@@ -35,7 +34,7 @@ def trainer_options(
     info = SHARDINGS[sharding]
     options: dict[str, object] = {}
     if info.zero_stage:
-        options["deepspeed"] = _zero_config(info, rows=rows, bfloat16=bfloat16)
+        options["deepspeed"] = _zero_config(info, bfloat16=bfloat16)
         options["bf16"] = False  # weights stay in float32, and autocast is PyTorch's
     elif info.is_fsdp:
         options["fsdp"] = True
@@ -57,7 +56,7 @@ def trainer_options(
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _zero_config(info: ShardingInfo, *, rows: int, bfloat16: bool) -> NewObject:
+def _zero_config(info: ShardingInfo, *, bfloat16: bool) -> NewObject:
     """Return the DeepSpeed configuration of the Trainer for a stage of ZeRO."""
     zero: NewObject = {
         "stage": info.zero_stage,
@@ -72,7 +71,7 @@ def _zero_config(info: ShardingInfo, *, rows: int, bfloat16: bool) -> NewObject:
             "stage3_max_live_parameters": 4 * BUCKET,
         }
     return {
-        "train_micro_batch_size_per_gpu": rows,
+        "train_micro_batch_size_per_gpu": "auto",  # that of the Trainer's arguments
         "gradient_accumulation_steps": 1,
         "gradient_clipping": "auto",
         "zero_optimization": zero,
